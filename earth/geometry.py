@@ -1,0 +1,125 @@
+"""Positions on the sphere, solar geometry, the standard atmosphere and time, as pure functions of arrays.
+
+Time is int32 seconds since 2000-01-01T00:00 UTC (`EPOCH`): exact from 1932 to 2068, where a float32 of hours would
+round to minutes.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+Array: TypeAlias = jax.Array | np.ndarray
+EPOCH = np.datetime64("2000-01-01T00:00:00", "s")
+EARTH_RADIUS_KM = 6371.0
+_YEAR_DAYS = 365.25
+# Day of year of the epoch minus one is 0, and 2000 is a leap year, so `days since epoch` modulo 365.25 runs with the
+# calendar to within a day.
+
+
+def seconds(times: Any) -> Any:
+    """datetime64 (UTC) -> int32 seconds since `EPOCH`.
+
+    Raises:
+      ValueError: for a time outside 1932-2068, which int32 cannot hold.
+    """
+    value = (np.asarray(times).astype("datetime64[s]") - EPOCH).astype(np.int64)
+    outside = (value < -(2**31)) | (value >= 2**31)
+    if outside.any():
+        first = np.asarray(times).ravel()[outside.ravel().argmax()]
+        raise ValueError(f"time {first} is outside 1932-2068; int32 seconds cannot hold it")
+    return value.astype(np.int32)
+
+
+def datetimes(time: Any) -> Any:
+    """int32 seconds since `EPOCH` -> datetime64[ns], the inverse of `seconds`."""
+    return (EPOCH + np.asarray(time).astype("timedelta64[s]")).astype("datetime64[ns]")
+
+
+def unit_vector(latitude: Float[Array, "*#n"], longitude: Float[Array, "*#n"]) -> Float[Array, "*#n 3"]:
+    """Degrees -> Cartesian unit vector (x to 0E, y to 90E, z to the north pole)."""
+    lat, lon = jnp.deg2rad(latitude), jnp.deg2rad(longitude)
+    return jnp.stack([jnp.cos(lat) * jnp.cos(lon), jnp.cos(lat) * jnp.sin(lon), jnp.sin(lat)], -1)
+
+
+def distance_km(
+    lat_a: Float[Array, "*#n a"], lon_a: Float[Array, "*#n a"], lat_b: Float[Array, "*#n b"], lon_b: Float[Array, "*#n b"]
+) -> Float[Array, "*#n a b"]:
+    """Great-circle distance in km between every a and every b, by the haversine (accurate at small separations in
+    float32).
+    """
+    lat_a, lon_a, lat_b, lon_b = (jnp.deg2rad(x) for x in (lat_a, lon_a, lat_b, lon_b))
+    s_lat = jnp.sin((lat_a[..., :, None] - lat_b[..., None, :]) / 2) ** 2
+    s_lon = jnp.sin((lon_a[..., :, None] - lon_b[..., None, :]) / 2) ** 2
+    h = s_lat + jnp.cos(lat_a)[..., :, None] * jnp.cos(lat_b)[..., None, :] * s_lon
+    return 2 * EARTH_RADIUS_KM * jnp.arcsin(jnp.sqrt(jnp.clip(h, 0.0, 1.0)))
+
+
+def _angles(time: Int[Array, "*#n"]) -> tuple[Float[Array, "*#n"], Float[Array, "*#n"]]:
+    """(annual angle, UTC hour angle) in radians. Days and seconds are split in integers first: float32 never sees the
+    large number.
+    """
+    day = time // 86400
+    hour = (time - day * 86400).astype(jnp.float32) / 3600.0
+    # 1461 days are four years of 365.25: integer remainder keeps the annual phase exact, and day-of-year 1 of the epoch
+    # is phase 1/365.25.
+    annual = 2 * jnp.pi * (((day % 1461).astype(jnp.float32) + 1.0 + hour / 24.0) / _YEAR_DAYS)
+    return annual, 2 * jnp.pi * hour / 24.0
+
+
+def solar_cosine(
+    time: Int[Array, "*#n"], latitude: Float[Array, "*#n"], longitude: Float[Array, "*#n"]
+) -> Float[Array, "*#n"]:
+    """Cosine of the solar zenith angle, negative at night; declination by a one-term series (0.4 degrees), no equation
+    of time (16 min).
+    """
+    annual, utc = _angles(time)
+    declination = 0.409 * jnp.sin(annual - 1.39)
+    lat = jnp.deg2rad(latitude)
+    hour_angle = utc + jnp.deg2rad(longitude) - jnp.pi
+    return jnp.sin(lat) * jnp.sin(declination) + jnp.cos(lat) * jnp.cos(declination) * jnp.cos(hour_angle)
+
+
+def seasonal_features(time: Int[Array, "*#n"], *, annual: int, daily: int) -> Float[Array, "*#n K"]:
+    """Fourier features of season and UTC hour: (1, cos a, sin a, ...) outer (1, cos h, sin h, ...), K = (1 + 2
+    annual)(1 + 2 daily).
+    """
+
+    def series(angle, order):
+        terms = [jnp.ones_like(angle)]
+        for k in range(1, order + 1):
+            terms += [jnp.cos(k * angle), jnp.sin(k * angle)]
+        return jnp.stack(terms, -1)
+
+    a, h = _angles(time)
+    outer = series(a, annual)[..., :, None] * series(h, daily)[..., None, :]
+    return outer.reshape(*time.shape, (1 + 2 * annual) * (1 + 2 * daily))
+
+
+def clock_features(time: Int[Array, "*#n"], longitude: Float[Array, "*#n"]) -> Float[Array, "*#n 6"]:
+    """Two harmonics of mean solar time and one of the year: what a network is told of the clock.
+
+    Higher annual harmonics are left out on purpose: with under two years of record they let a network memorise dates
+    (measured: validation error rises), and the climate normal already carries them.
+    """
+    annual, utc = _angles(time)
+    solar = utc + jnp.deg2rad(longitude)
+    parts = [jnp.cos(solar), jnp.sin(solar), jnp.cos(2 * solar), jnp.sin(2 * solar), jnp.cos(annual), jnp.sin(annual)]
+    return jnp.stack(parts, -1)
+
+
+def standard_pressure_ratio(height: Float[Array, "*#n"]) -> Float[Array, "*#n"]:
+    """Pressure at `height` m over pressure at sea level in the ICAO standard troposphere."""
+    return jnp.clip(1.0 - 2.25577e-5 * height, 0.05, None) ** 5.25588
+
+
+def standard_height(pressure: Any) -> np.ndarray:
+    """Height in m of a pressure in Pa in the ICAO standard atmosphere: troposphere to 11 km, isothermal above. A
+    coordinate, not a measurement.
+    """
+    ratio = np.clip(np.asarray(pressure, np.float64) / 101325.0, 1e-5, None)
+    low = (1.0 - ratio ** (1 / 5.25588)) / 2.25577e-5
+    high = 11000.0 - 6341.6 * np.log(ratio / 0.22336)
+    return np.where(ratio > 0.22336, low, high)
