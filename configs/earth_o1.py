@@ -18,6 +18,11 @@ def smoke() -> StationsConfig:
     )
 
 
+def cycling() -> StationsConfig:
+    """`stations` with a last stage on chains of analyses, for assimilating into a running state."""
+    return dataclasses.replace(stations(), cycle_steps=300)
+
+
 def cross_sensor() -> StationsConfig:
     """Masked reconstruction only: one sensor from the others at the same hour."""
     return dataclasses.replace(

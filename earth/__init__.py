@@ -2,8 +2,8 @@
 
     from earth import assimilate, advance, observe
 
-Read `earth.model` for the verbs, `earth.train` for training, `earth.observations` for the table every reader produces, and
-`examples/forecast_stations.py` for the whole path from a user's table to a report.
+Read `earth.model` for the verbs, `earth.train` for training, `earth.observations` for the table every reader produces,
+and `examples/forecast_stations.py` for the whole path from a user's table to a report.
 """
 
 from earth.model import EarthConfig as EarthConfig

@@ -1,4 +1,4 @@
-"""Forecasts from a trained model at stations or any points, at many initial times; and the model as a folder on disk."""
+"""Forecasts from a trained model at stations or any points, at many initial times; the model as a folder on disk."""
 
 import dataclasses
 import functools
@@ -55,11 +55,10 @@ def _parts(params: Params, tokens: Any, time: Any, leads: Any, queries: Queries,
         return jax.lax.map(at, leads)
 
     base, delta, spread = jax.vmap(member)(params.network)
-    # A mixture of members: its variance is the mean variance plus the variance of the means.
-    return base[0], delta.mean(0), jnp.sqrt((spread**2).mean(0) + delta.var(0))
+    return base[0], delta, spread
 
 
-def predict_anomalies(
+def predict_members(
     params: Params,
     cfg: EarthConfig,
     streams: Mapping[str, Stream],
@@ -69,11 +68,11 @@ def predict_anomalies(
     *,
     batch: int = 64,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(linear base, correction, spread before calibration) in standardised anomalies, [T, L, Q, C] each; members
-    averaged.
+    """The parts of a forecast in standardised anomalies: (propagator [T, L, Q, C], what each member would add to it
+    [E, T, L, Q, C], each member's spread before calibration [E, T, L, Q, C]).
 
     Args:
-      params: with a leading member axis on `network`.
+      params: with a leading axis of E members on `network`.
       times: int32 [T] initial times; only observations at or before them are read.
     """
     out = []
@@ -82,9 +81,22 @@ def predict_anomalies(
         part = np.asarray(times[start : start + batch])
         full = np.r_[part, np.full(batch - len(part), part[0])] if len(times) > batch else part
         tokens = {name: windows.Tokens(**s.tokens(full)) for name, s in streams.items()}
-        result = _parts(params, tokens, jnp.asarray(full, jnp.int32), hours, queries, cfg=cfg)
-        out.append([np.moveaxis(np.asarray(r), 0, 1)[: len(part)] for r in result])
-    return tuple(np.concatenate([o[i] for o in out]) for i in range(3))  # type: ignore[return-value]
+        parts = [np.asarray(r) for r in _parts(params, tokens, jnp.asarray(full, jnp.int32), hours, queries, cfg=cfg)]
+        out.append([np.moveaxis(r, -4, -3)[..., : len(part), :, :, :] for r in parts])  # leads came first
+    return tuple(np.concatenate([o[i] for o in out], -4) for i in range(3))  # type: ignore[return-value]
+
+
+def mixture(weight: np.ndarray, delta: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of a mixture of the propagator (delta 0, share 1 - sum of weights) and the members.
+
+    Args:
+      weight, delta, spread: [E, ...] share, departure from the propagator and spread of each member. The propagator has
+        no spread of its own and takes the members' average.
+    """
+    total = weight.sum(0)
+    mean = (weight * delta).sum(0)
+    own = ((weight + 1e-6) * spread**2).sum(0) / (total + 1e-6 * len(weight))
+    return mean, np.sqrt(own + np.maximum((weight * delta**2).sum(0) - mean**2, 0.0))
 
 
 def predict(
@@ -98,16 +110,19 @@ def predict(
     batch: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predictive mean and standard deviation in SI, [T, L, Q, C] (cfg.channels), calibrated and members averaged."""
-    base, delta, spread = predict_anomalies(params, cfg, streams, times, leads, queries, batch=batch)
-    knots = np.asarray(
-        propagator.knot_weights(
-            params.fitted.propagator.leads,
-            jnp.minimum(jnp.asarray(leads, jnp.float32), params.fitted.propagator.leads[-1]),
-        )
-    )
-    weight = (knots @ np.asarray(params.fitted.weight))[None, :, None, :]
+    base, delta, spread = predict_members(params, cfg, streams, times, leads, queries, batch=batch)
+    served, hours = params.fitted.propagator.leads, jnp.asarray(leads, jnp.float32)
+    knots = np.asarray(propagator.knot_weights(served, jnp.minimum(hours, served[-1])))
+    # The analysis is that of the members that correct it, which learned it at hidden stations; validation of forecasts
+    # says nothing about it.
+    now = np.clip(1.0 - np.asarray(leads, float) / float(served[0]), 0.0, 1.0)[:, None]
+    corrects = np.asarray(params.network.residual, float)
+    corrects = corrects / corrects.sum() if corrects.any() else np.full_like(corrects, 1.0 / len(corrects))
+    weight = (1 - now) * np.einsum("lk,ekc->elc", knots, np.asarray(params.fitted.weight))
+    weight = (weight + now * corrects[:, None, None])[:, None, :, None, :]
     factor = (knots @ np.asarray(params.fitted.calibration))[None, :, None, :]
-    z, spread = base + weight * delta, factor * spread
+    change, spread = mixture(weight, delta, spread)
+    z, spread = base + change, factor * spread
     at = np.asarray(times, np.int64)[:, None] + np.round(np.asarray(leads) * 3600).astype(np.int64)  # [T, L]
     mean = np.empty_like(z)
     for stream in cfg.streams:
@@ -189,7 +204,8 @@ def analyse(params: Params, cfg: EarthConfig, streams: Mapping[str, Stream], tim
 
 def first_member(params: Params) -> Params:
     """Params with one network, as the verbs take them."""
-    return Params(params.fitted, jax.tree.map(lambda x: x[0], params.network))
+    fitted = dataclasses.replace(params.fitted, weight=params.fitted.weight[:1])
+    return Params(fitted, jax.tree.map(lambda x: x[0], params.network))
 
 
 _CLASSES = {
@@ -243,9 +259,11 @@ def save_model(
     """Writes a trained model to a folder, complete or not at all. The cross-fitted propagators, needed in training
     only, are left out.
     """
-    prop = params.fitted.propagator
-    slim = params.replace(fitted=params.fitted.replace(propagator=prop.replace(weight=prop.weight[:1])))
+    slim = dataclasses.replace(
+        params, fitted=dataclasses.replace(params.fitted, propagator=propagator.final(params.fitted.propagator))
+    )
     extra = {"structure": _describe(slim), "meta": dict(meta or {})}
+    slim = jax.tree.map(lambda x: x if x.size else jnp.zeros(1, x.dtype), slim)  # orbax keeps no empty arrays
     with checkpoint.Checkpoints(directory, config={"model": cfg}, extra=extra, keep=1) as folder:
         folder.save(max(folder.steps(), default=-1) + 1, slim)
 
@@ -266,5 +284,7 @@ def load_model(
         )
     found = config.from_dict(EarthConfig, saved["model"])
     wanted = None if cfg is None else {"model": cfg}
-    restored = checkpoint.restore(directory, _skeleton(extra["structure"]), step=step, config=wanted)
-    return restored.state, found, extra["meta"]
+    shapes = _skeleton(extra["structure"])
+    kept = jax.tree.map(lambda x: x if x.size else jax.ShapeDtypeStruct((1,), x.dtype), shapes)
+    state = checkpoint.restore(directory, kept, step=step, config=wanted).state
+    return jax.tree.map(lambda x, s: x if s.size else jnp.zeros(s.shape, s.dtype), state, shapes), found, extra["meta"]

@@ -45,7 +45,10 @@ def unit_vector(latitude: Float[Array, "*#n"], longitude: Float[Array, "*#n"]) -
 
 
 def distance_km(
-    lat_a: Float[Array, "*#n a"], lon_a: Float[Array, "*#n a"], lat_b: Float[Array, "*#n b"], lon_b: Float[Array, "*#n b"]
+    lat_a: Float[Array, "*#n a"],
+    lon_a: Float[Array, "*#n a"],
+    lat_b: Float[Array, "*#n b"],
+    lon_b: Float[Array, "*#n b"],
 ) -> Float[Array, "*#n a b"]:
     """Great-circle distance in km between every a and every b, by the haversine (accurate at small separations in
     float32).

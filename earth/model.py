@@ -60,9 +60,9 @@ class EarthConfig:
     levels: tuple[float, ...] = (0.0,)
     leads: tuple[float, ...] = (1.0, 3.0, 6.0, 12.0, 24.0, 48.0)
     folds: int = 4
-    penalties: tuple[float, ...] = (100.0, 300.0, 1000.0, 3000.0, 10000.0)
+    penalties: tuple[float, ...] = (300.0, 1000.0, 3000.0, 1e4, 3e4, 1e5, 3e5)
     localisation_km: float | None = None
-    network: NetworkConfig = NetworkConfig()  # noqa: RUF009 (frozen)
+    network: NetworkConfig = NetworkConfig()
     compute: str = "float32"
 
     def __post_init__(self):
@@ -108,7 +108,7 @@ class Fitted:
       scale: [K, C] error of the propagator (1 for channels without one) at the lead knots: the unit of the network's
         output.
       calibration: [K, C] factor on the spread, from validation.
-      weight: [K, C] share of the network's correction kept, from validation; between 0 and 1.
+      weight: [E, K, C] share of each member in the forecast, from validation; the rest is the propagator's.
       place: [2, 3] centre and extent of latitude, longitude, height.
     """
 
@@ -118,7 +118,7 @@ class Fitted:
     propagator: Propagator
     scale: Param  # [K, C]
     calibration: Param  # [K, C]
-    weight: Param  # [K, C]
+    weight: Param  # [E, K, C]
     place: Param  # [2, 3]
 
 
@@ -218,12 +218,9 @@ def assimilate_tokens(
     cfg: EarthConfig,
     rng: Any = None,
 ) -> State:
-    """`assimilate` after standardisation: what training runs."""
+    """`assimilate` after standardisation."""
     fitted = params.fitted
-    background = (
-        None if state is None else {s.sensor: _background(fitted, state, s, time, cfg=cfg) for s in cfg.streams}
-    )
-    history, seen = gather_history(fitted, tokens, background, cfg=cfg)
+    history, seen = gather_history(fitted, tokens, background(fitted, state, time, cfg=cfg), cfg=cfg)
     analysis, sites = network.encode(
         params.network, tokens, fitted.anchors, fitted.place, time, None if state is None else state.latent,
         cfg=cfg.network, streams=cfg.streams, dtype=jnp.dtype(cfg.compute), rng=rng,
@@ -255,21 +252,33 @@ def gather_history(
     return jnp.concatenate(history, -1), jnp.concatenate(seen, -1)
 
 
-def _background(fitted: Fitted, state: State, stream: StreamConfig, time, *, cfg: EarthConfig):
+def background(
+    fitted: Fitted, state: State | None, time: Int[Array, "*#b"], *, cfg: EarthConfig, fold: Any = None
+) -> dict[str, Float[Array, "*#b M R V"]] | None:
+    """What an advanced state says of the slots of every stream's window at `time`, with the propagator of a
+    cross-fitting `fold` in training; None without a state.
+    """
+    if state is None:
+        return None
+    return {s.sensor: _background(fitted, state, s, time, cfg=cfg, fold=fold) for s in cfg.streams}
+
+
+def _background(fitted: Fitted, state: State, stream: StreamConfig, time, *, cfg: EarthConfig, fold: Any = None):
     """What the advanced state says of each slot: its old history where the slot predates the old analysis, its forecast
     after.
     """
-    span = cfg.span(stream.sensor)
-    values = []
+    span, slots = cfg.span(stream.sensor), jnp.asarray(stream.slots)
     feature = propagator.features(fitted.propagator, fitted.anchors, state.history, state.origin)
-    old = jnp.asarray(stream.slots)
-    for slot in stream.slots:
-        since = (time - state.origin).astype(jnp.float32) / 3600.0 - slot  # hours after the old analysis
-        forecast = linear_field(fitted, feature, state.history, jnp.maximum(since, 0.0))[..., span]
-        nearest = jnp.argmin(jnp.abs(old + since[..., None]), -1)
-        past = jnp.take_along_axis(state.history[..., span], nearest[..., None, None, None], axis=-2)[..., 0, :]
-        values.append(jnp.where((since >= 0)[..., None, None], forecast, past))
-    return jnp.stack(values, -2)
+    elapsed = (time - state.origin).astype(jnp.float32) / 3600.0
+    since = elapsed[..., None] - slots  # [..., R] hours after the old analysis
+
+    def at(lead):
+        return linear_field(fitted, feature, state.history, lead, fold)[..., span]
+
+    forecast = jax.vmap(at, in_axes=-1, out_axes=-2)(jnp.maximum(since, 0.0))  # [..., M, R, V]
+    nearest = jnp.argmin(jnp.abs(slots + since[..., None]), -1)
+    past = jnp.take_along_axis(state.history[..., span], nearest[..., None, :, None], axis=-2)
+    return jnp.where((since >= 0)[..., None, :, None], forecast, past)
 
 
 def linear_field(
@@ -280,7 +289,7 @@ def linear_field(
     """
     prop = fitted.propagator
     moved = propagator.propagate(prop, feature, jnp.maximum(lead, prop.leads[0]), fold)
-    index = jnp.asarray(prop.channels)
+    index = jnp.asarray(prop.channels, int)
     now = history[..., 0, :]
     share = jnp.clip(lead / prop.leads[0], 0.0, 1.0)[..., None, None]
     # Channels without a propagator relax to their normal within the first lead.
@@ -293,18 +302,18 @@ def advance(params: Params, state: State, hours: Any, *, cfg: EarthConfig) -> St
     starts from the analysis.
     """
     step = jnp.round(jnp.asarray(hours, jnp.float32) * 3600.0).astype(jnp.int32)
-    moved = state.replace(time=state.time + jnp.broadcast_to(step, state.time.shape))
+    moved = dataclasses.replace(state, time=state.time + jnp.broadcast_to(step, state.time.shape))
     latent = network.evolve(
         params.network, state.analysis, params.fitted.anchors, state.origin, moved.lead, cfg=cfg.network
     )
-    return moved.replace(latent=latent)
+    return dataclasses.replace(moved, latent=latent)
 
 
 def observe(
     params: Params, state: State, queries: Queries, *, cfg: EarthConfig
 ) -> tuple[Float[Array, "*#b Q C"], Float[Array, "*#b Q C"]]:
     """Predictive mean and standard deviation of every channel (cfg.channels) at the queries and the state's time, in SI
-    units.
+    units, by one member (`earth.forecast.first_member`); `earth.forecast.predict` mixes all.
     """
     z, sd = observe_anomalies(params, state, queries, cfg=cfg)
     means, spreads = [], []
@@ -328,13 +337,20 @@ def observe_anomalies(
         params, state, linear_field(fitted, feature, state.history, state.lead), queries, cfg=cfg
     )
     knots = propagator.knot_weights(fitted.propagator.leads, jnp.minimum(state.lead, fitted.propagator.leads[-1]))
-    keep = jnp.einsum("...k,kc->...c", knots, fitted.weight)[..., None, :]
+    now = jnp.clip(1.0 - state.lead / fitted.propagator.leads[0], 0.0, 1.0)[..., None]
+    keep = (now + (1.0 - now) * jnp.einsum("...k,kc->...c", knots, fitted.weight[0]))[..., None, :]
     factor = jnp.einsum("...k,kc->...c", knots, fitted.calibration)[..., None, :]
     return base + keep * (forecast - base), factor * scale * jnp.exp(log_spread)
 
 
 def read(
-    params: Params, state: State, linear: Float[Array, "*#b M C"], queries: Queries, *, cfg: EarthConfig, rng: Any = None
+    params: Params,
+    state: State,
+    linear: Float[Array, "*#b M C"],
+    queries: Queries,
+    *,
+    cfg: EarthConfig,
+    rng: Any = None,
 ) -> tuple[Float[Array, "*#b Q C"], Float[Array, "*#b Q C"], Float[Array, "*#b Q C"], Float[Array, "*#b Q C"]]:
     """The parts of a prediction: (kriged linear field, network's forecast, its log spread in units of scale, scale)."""
     fitted = params.fitted
@@ -369,7 +385,7 @@ def read(
 def initial_network(rng: Any, cfg: EarthConfig, anchors: int, *, residual: bool = True) -> Network:
     """Freshly drawn network parameters of a member that corrects the propagator (residual) or forecasts by itself."""
     network = init(rng, specs(cfg, anchors))
-    return network.replace(residual=jnp.asarray(float(residual)))
+    return dataclasses.replace(network, residual=jnp.asarray(float(residual)))
 
 
 def members(networks: list[Network]) -> Network:

@@ -239,12 +239,15 @@ def encode(
     """Analysis: tokens gathered onto anchors by nearness (several sensors add), mixed by anchor self-attention.
     `memory` is an advanced latent.
 
+    Positions of a batch whose platforms stand still may come once, with a leading 1: pairwise distances are then
+    computed once too.
+
     Returns:
       (latent, what is remembered of each fixed platform).
     """
     place = place_features(scale, anchors.latitude, anchors.longitude, anchors.height)
     h = net.anchor.astype(dtype) + apply(net.place, place.astype(dtype))
-    sites = [_nobody(time.shape, cfg.width, dtype)]
+    sites = []
     for stream in streams:
         t = tokens[stream.sensor]
         seen = t.mask.astype(dtype)
@@ -255,6 +258,7 @@ def encode(
             (t.age / 24.0).astype(dtype),
             place_features(scale, t.latitude, t.longitude, t.height).astype(dtype),
         ]
+        parts[-1] = jnp.broadcast_to(parts[-1], (*t.age.shape[:-1], PLACE))
         e = apply(net.embed[stream.sensor], jnp.concatenate(parts, -1))  # [..., N, D]
         alive = t.mask.any((-1, -2))
         near = proximity(anchors, t.latitude, t.longitude, t.height) * alive[..., None, :]
@@ -270,6 +274,7 @@ def encode(
     distance = spacing(anchors)
     for i, block in enumerate(net.encoder):
         h = attend(block, h, condition, distance, cfg=cfg, rng=None if rng is None else jax.random.fold_in(rng, i))
+    sites = sites or [_nobody(time.shape, cfg.width, dtype)]
     return h, jax.tree.map(lambda *x: jnp.concatenate(x, len(time.shape)), *sites)
 
 

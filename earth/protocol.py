@@ -60,7 +60,7 @@ def utc_times(times: Any) -> np.ndarray:
         flat = pd.to_datetime(array.reshape(-1), utc=True, format="ISO8601")
     except (ValueError, TypeError) as error:
         raise ProtocolError(
-            f"cannot read times such as {array.reshape(-1)[:1]!r}: {error}; pass ISO 8601 in UTC"
+            f"cannot read times such as {array.reshape(-1)[:1]!r}: {str(error).splitlines()[0]}; pass ISO 8601 in UTC"
         ) from error
     return flat.tz_localize(None).to_numpy().astype("datetime64[ns]").reshape(array.shape)
 

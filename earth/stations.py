@@ -13,7 +13,7 @@ from earth.objectives import ObjectiveConfig
 from earth.observations import MissingVariableError, Reports
 from earth.sensors import describe
 from earth.train import StageConfig, TrainConfig
-from earth.windows import StreamConfig
+from earth.windows import Cycling, StreamConfig
 
 USUAL = (
     "2m_temperature",
@@ -45,10 +45,12 @@ class StationsConfig:
       coverage: a further sensor needs this share of reports.
       pretrain_steps: masked pre-training (lead 0); steps: forecasting.
       batch, members, learning_rate, weight_decay: of training.
+      cycle_steps, cycling: a last stage on chains of analyses, at 0.3 of the learning rate; 0 steps leave it out.
+      checkpoint_every: steps; the last one and the one under way at SIGTERM are saved anyway.
       objective: of the forecasting stage.
     """
 
-    network: NetworkConfig = NetworkConfig(width=64, dropout=0.15)  # noqa: RUF009 (frozen)
+    network: NetworkConfig = NetworkConfig(width=64, dropout=0.15)
     anchors: int = 64
     slots: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 6.0, 12.0, 23.0, 24.0)
     inputs: int = 6
@@ -59,7 +61,10 @@ class StationsConfig:
     members: int = 2
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
-    objective: ObjectiveConfig = ObjectiveConfig()  # noqa: RUF009 (frozen)
+    cycle_steps: int = 0
+    cycling: Cycling = Cycling(cycles=3, hours=6.0, spin_up=1, rollout=1)
+    checkpoint_every: int = 500
+    objective: ObjectiveConfig = ObjectiveConfig()
 
 
 def usual_variables(reports: Reports) -> tuple[str, ...]:
@@ -172,4 +177,30 @@ def design(
             "forecast", config.steps, tuple(strata), config.objective, config.learning_rate, config.weight_decay
         )
     )
-    return model, TrainConfig(tuple(stages), batch=config.batch, members=config.members, seed=seed)
+    if config.cycle_steps:
+        gentle = 0.3 * config.learning_rate
+        objective = config.objective
+        stages.append(
+            StageConfig(
+                "cycle", config.cycle_steps, tuple(strata), objective, gentle, config.weight_decay,
+                cycling=dataclasses.replace(config.cycling, hours=max(config.cycling.hours, cadence)),
+            )
+        )  # fmt: skip
+    # What a member that forecasts by itself adds lies at long leads, in the targets alone.
+    far = np.asarray([k for k in knots if k >= 6] or knots[-1:])
+    far_strata = tuple(tuple(float(k) for k in part) for part in np.array_split(far, min(3, len(far))))
+    alone = dataclasses.replace(
+        config.objective,
+        hide_site=config.objective.hide_site * 2 / 3,
+        hide_instrument=config.objective.hide_instrument / 2,
+        auxiliary=0.0,
+    )
+    direct = StageConfig("direct", config.steps, far_strata, alone, config.learning_rate, config.weight_decay)
+    return model, TrainConfig(
+        tuple(stages),
+        batch=config.batch,
+        members=config.members,
+        seed=seed,
+        checkpoint_every=config.checkpoint_every,
+        direct=(direct,),
+    )

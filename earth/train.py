@@ -2,11 +2,12 @@
 
     data = prepare(reports, cfg, protocol)                    # normals, anchors, kernels, propagator
     params = train(data, TrainConfig(...), directory)         # masked pre-training, then forecasting; members averaged
-    params = calibrate(params, data)                          # weight of the correction and spread, on validation hours
+    params = calibrate(params, data)                          # earth.calibration: on validation hours
 
 Every stage runs through `moe.training.fit`: resumable after SIGKILL bit for bit, SIGTERM saves and exits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -17,15 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from earth import field, geometry, model, normals, objectives, propagator, windows
-from earth.forecast import predict_anomalies
-from earth.model import EarthConfig, Fitted, Params, Queries
+from earth.model import EarthConfig, Fitted, Params
 from earth.objectives import ObjectiveConfig
 from earth.observations import EmptyWindowError, Reports
 from earth.protocol import Protocol
-from earth.windows import Sampling, Stream
+from earth.windows import Cycling, Sampling, Stream
 from moe import sharding, training
+from moe.params import shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,7 @@ class StageConfig:
       objective: hiding, mixing and weights.
       learning_rate, weight_decay, warmup: of AdamW with cosine decay to 2 % of the rate.
       queries: targets per lead and sample of a moving stream.
+      cycling: the chain of analyses and the roll-out, see `earth.windows.Cycling`; none by default.
     """
 
     name: str
@@ -49,6 +52,7 @@ class StageConfig:
     weight_decay: float = 0.1
     warmup: int = 100
     queries: int = 128
+    cycling: Cycling = Cycling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,8 @@ class TrainConfig:
     second forecasts by
       itself, and so on; the two kinds err differently (stations-v1: correcting is better to 12 h, by itself beyond).
     ema: decay of the averaged parameters.
+    checkpoint_every, log_every: in steps. accumulate: micro-batches of a step.
+    direct: stages of the members that forecast by themselves; empty: the same stages.
     """
 
     stages: tuple[StageConfig, ...]
@@ -69,6 +75,8 @@ class TrainConfig:
     ema: float = 0.995
     checkpoint_every: int = 500
     accumulate: int = 1
+    log_every: int = 10
+    direct: tuple[StageConfig, ...] = ()
 
     def __post_init__(self):
         if not self.stages:
@@ -140,11 +148,13 @@ def prepare(reports: Mapping[str, Reports], cfg: EarthConfig, protocol: Protocol
     fixed = [s for s in cfg.streams if not s.moving]
     main = fixed[0] if fixed else cfg.streams[0]
     places = reports[main.sensor].positions()
-    where = [places[c].to_numpy(np.float64) for c in ("latitude", "longitude", "height")]
+    where = latitude, longitude, height = tuple(
+        places[c].to_numpy(np.float64) for c in ("latitude", "longitude", "height")
+    )
     anchors = (
         field.fibonacci_anchors(cfg.anchors, cfg.levels)
         if cfg.placement == "global"
-        else field.fit_anchors(*where, cfg.anchors)
+        else field.fit_anchors(latitude, longitude, height, cfg.anchors)
     )
     longest = max(cfg.leads)
     span = max(max(s.slots) for s in cfg.streams)
@@ -165,16 +175,8 @@ def prepare(reports: Mapping[str, Reports], cfg: EarthConfig, protocol: Protocol
     scale_place = np.stack([
         [w.mean() for w in where], [max(w.std(), floor) for w, floor in zip(where, (0.1, 0.1, 100.0), strict=True)],
     ])  # fmt: skip
-    m = anchors.latitude.shape[0]
     target_channels = [cfg.channels.index(tuple(t)) for t in cfg.targets]
-    empty = propagator.Propagator(
-        jnp.asarray(cfg.leads, jnp.float32),
-        jnp.zeros((cfg.folds + 1, k, m, 0, len(target_channels))),
-        jnp.zeros((m, 1), jnp.int32),
-        1,
-        (),
-        tuple(target_channels),
-    )
+    empty = propagator.none(anchors, cfg.leads, cfg.folds)
     fitted = Fitted(
         fits,
         anchors,
@@ -182,7 +184,7 @@ def prepare(reports: Mapping[str, Reports], cfg: EarthConfig, protocol: Protocol
         empty,
         jnp.ones((k, c)),
         jnp.ones((k, c)),
-        jnp.ones((k, c)),
+        jnp.ones((1, k, c)),
         jnp.asarray(scale_place, jnp.float32),
     )
     choices: dict[str, np.ndarray] = {}
@@ -190,7 +192,7 @@ def prepare(reports: Mapping[str, Reports], cfg: EarthConfig, protocol: Protocol
         prop, choices = _fit_propagator(cfg, fitted, standard, protocol, train_times, validation_times, folds, progress)
         scale = np.ones((k, c))
         scale[:, target_channels] = choices["scale"]
-        fitted = fitted.replace(propagator=prop, scale=jnp.asarray(scale, jnp.float32))
+        fitted = dataclasses.replace(fitted, propagator=prop, scale=jnp.asarray(scale, jnp.float32))
     return Prepared(cfg, protocol, dict(reports), standard, fitted, train_times, folds, validation_times, choices)
 
 
@@ -208,7 +210,8 @@ def _fit_kernel(cfg, standard, anchors, where, sensor, train_times):
         now = stream.tokens(some)
         value = np.where(now["mask"][:, :, 0], now["value"][:, :, 0], np.nan)
         channels[:, :, cfg.span(sensor)] = value[:, : len(where[0])]
-    return field.fit_kernel(anchors, *where, channels)
+    latitude, longitude, height = where
+    return field.fit_kernel(anchors, latitude, longitude, height, channels)
 
 
 def _fit_propagator(cfg, fitted, standard, protocol, train_times, validation_times, folds, progress):
@@ -247,6 +250,7 @@ def _fit_propagator(cfg, fitted, standard, protocol, train_times, validation_tim
         valid = geometry.datetimes(validation_times) + np.timedelta64(round(lead * 3600), "s")
         present[k, len(train_times) :] &= (protocol.role(valid) == "validation")[:, None, None]
     slots = [i for i, s in enumerate(fixed.config.slots) if s in (0.0, 3.0, 12.0)] or [0]
+    normal = fitted.normals[fixed.config.sensor]
     return propagator.fit_propagator(
         fitted.anchors,
         history,
@@ -260,7 +264,9 @@ def _fit_propagator(cfg, fitted, standard, protocol, train_times, validation_tim
         validation=is_validation,
         fold_count=cfg.folds,
         penalties=cfg.penalties,
-        lengths_km=None if cfg.localisation_km is None else (cfg.localisation_km,),
+        length_km=cfg.localisation_km,
+        clock=normal.daily > 0,
+        season=normal.annual > 1,
         progress=progress,
     )
 
@@ -284,94 +290,106 @@ def train(
 
     Each member and stage has its own directory below `directory` with checkpoints and metrics.jsonl; an interrupted run
     resumes where it stopped.
+
+    Args:
+      mesh, rules: over all devices of all processes; every process calls this with the same data and gets the same
+        parameters back. `tcfg.batch` is the global batch, which every process reads its own rows of.
+
+    Raises:
+      EmptyWindowError: the chain of a stage is longer than any stretch of training hours.
     """
     rules = rules or sharding.DP
     found = []
-    for member in range(tcfg.members):
-        seed = tcfg.seed * 1000 + member
-        network = model.initial_network(
-            jax.random.key(seed), data.cfg, data.fitted.anchors.latitude.shape[0], residual=member % 2 == 0
+    context = contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh, rules)
+    with context:
+        for member in range(tcfg.members):
+            found.append(_train_member(data, tcfg, pathlib.Path(directory), member, mesh, rules, progress))
+    shape = (len(found), len(data.cfg.leads), len(data.cfg.channels))
+    return Params(dataclasses.replace(data.fitted, weight=jnp.full(shape, 1.0 / len(found))), model.members(found))
+
+
+def _train_member(data: Prepared, tcfg: TrainConfig, directory, member: int, mesh, rules, progress: bool) -> Any:
+    """One network through every stage; from a mesh it comes back whole, as numpy arrays."""
+    seed = tcfg.seed * 1000 + member
+    anchors = data.fitted.anchors.latitude.shape[0]
+    network = model.initial_network(jax.random.key(seed), data.cfg, anchors, residual=member % 2 == 0)
+    place = None
+    if mesh is not None:
+        network = jax.device_put(network, shardings(model.specs(data.cfg, anchors), mesh, rules))
+        place = functools.partial(sharding.global_batch, mesh=mesh, rules=rules)
+    for number, stage in enumerate(tcfg.stages if member % 2 == 0 else tcfg.direct or tcfg.stages):
+        times, folds = _stage_times(data, stage)
+        batches = windows.dataset(
+            data.streams,
+            times,
+            folds,
+            Sampling(stage.strata, stage.queries, stage.cycling, partners=stage.objective.mixup > 0),
+            batch=tcfg.batch,
+            seed=seed * 10 + number,
+            shard=sharding.host_shard(mesh, rules) if mesh is not None else sharding.HostShard(0, 1),
         )
-        for number, stage in enumerate(tcfg.stages):
-            shard = sharding.host_shard(mesh, rules) if mesh is not None else sharding.HostShard(0, 1)
-            batches = windows.dataset(
-                data.streams,
-                data.train_times,
-                data.folds,
-                Sampling(stage.strata, stage.queries),
-                batch=tcfg.batch,
-                seed=seed * 10 + number,
-                shard=shard,
-            )
-            schedule = optax.warmup_cosine_decay_schedule(
-                0.0,
-                stage.learning_rate,
-                min(stage.warmup, stage.steps // 4 + 1),
-                max(stage.steps, 2),
-                0.02 * stage.learning_rate,
-            )
-            decay_mask = functools.partial(jax.tree.map, lambda x: x.ndim >= 2)
-            optimizer = optax.adamw(schedule, b2=0.98, weight_decay=stage.weight_decay, mask=decay_mask)
-            state = training.init_state(network, optimizer, jax.random.key(seed + 7), ema=True)
-            loss = functools.partial(
-                objectives.forecast_loss, fitted=data.fitted, cfg=data.cfg, objective=stage.objective
-            )
-            step = training.make_train_step(
-                loss, optimizer, accumulate=tcfg.accumulate, clip_norm=1.0, ema_decay=tcfg.ema
-            )
-            place = None if mesh is None else functools.partial(sharding.global_batch, mesh=mesh, rules=rules)
-            state = training.fit(
-                step,
-                state,
-                iter(batches),
-                steps=stage.steps,
-                directory=pathlib.Path(directory) / f"member{member}" / stage.name,
-                config={"model": data.cfg, "stage": stage, "batch": tcfg.batch, "seed": seed},
-                checkpoint_every=tcfg.checkpoint_every,
-                place=place,
-                progress=progress,
-                description=f"member {member + 1}/{tcfg.members} {stage.name}",
-            )
-            network = state.ema_params
-        found.append(network)
-    return Params(data.fitted, model.members(found))
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0,
+            stage.learning_rate,
+            min(stage.warmup, stage.steps // 4 + 1),
+            max(stage.steps, 2),
+            0.02 * stage.learning_rate,
+        )
+        decay_mask = functools.partial(jax.tree.map, lambda x: x.ndim >= 2)
+        optimizer = optax.adamw(schedule, b2=0.98, weight_decay=stage.weight_decay, mask=decay_mask)
+        state = training.init_state(network, optimizer, jax.random.key(seed + 7), ema=True)
+        loss = functools.partial(
+            objectives.forecast_loss, fitted=data.fitted, cfg=data.cfg, objective=stage.objective, cycling=stage.cycling
+        )
+        step = training.make_train_step(
+            loss,
+            optimizer,
+            accumulate=tcfg.accumulate,
+            clip_norm=1.0,
+            ema_decay=tcfg.ema,
+            shardings=None if mesh is None else training.state_shardings(state),
+        )
+        state = training.fit(
+            step,
+            state,
+            iter(batches),
+            steps=stage.steps,
+            directory=directory / f"member{member}" / stage.name,
+            config={"model": data.cfg, "stage": stage, "batch": tcfg.batch, "seed": seed},
+            checkpoint_every=tcfg.checkpoint_every,
+            log_every=tcfg.log_every,
+            place=place,
+            progress=progress,
+            description=f"member {member + 1}/{tcfg.members} {stage.name}",
+        )
+        network = state.ema_params
+    if mesh is None:
+        return network
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(network)
+    return jax.tree.map(np.asarray, whole)
 
 
-def calibrate(params: Params, data: Prepared, *, every: int = 1) -> tuple[Params, dict[str, np.ndarray]]:
-    """Weight of the network's correction and factor of its spread per lead knot and channel, from validation hours.
-
-    The weight minimises validation squared error, shrunk half way to 1/2 (validation weeks are few weather situations)
-    and kept within [0, 1]; the factor makes 90 % intervals cover 90 %.
+def _stage_times(data: Prepared, stage: StageConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Initial times (and folds) whose whole chain, from the oldest report of its first window to the last target, lies
+    in training hours.
     """
-    cfg = data.cfg
-    fixed = [s for s in cfg.streams if not s.moving]
-    weight = np.ones((len(cfg.leads), len(cfg.channels)))
-    factor = np.ones_like(weight)
-    for stream in fixed:
-        s = data.streams[stream.sensor]
-        t0 = s.targets(0, np.zeros(1), 0)
-        queries = Queries(*(jnp.asarray(t0[n]) for n in ("latitude", "longitude", "height")))
-        times = data.validation_times[::every]
-        base, delta, spread = predict_anomalies(params, cfg, data.streams, times, cfg.leads, queries)
-        truth = s.targets(times, np.asarray(cfg.leads))
-        y = np.where(truth["mask"], truth["value"], np.nan)  # [T, L, Q, V]
-        span = cfg.span(stream.sensor)
-        for k, lead in enumerate(cfg.leads):
-            ok = data.protocol.role(geometry.datetimes(times) + np.timedelta64(round(lead * 3600), "s")) == "validation"
-            for v in range(len(stream.variables)):
-                c = span.start + v
-                residual = (y[ok, k, :, v] - base[ok, k, :, c]).reshape(-1)
-                d = delta[ok, k, :, c].reshape(-1)
-                fine = np.isfinite(residual)
-                if fine.sum() < 50:
-                    continue
-                w = float(
-                    np.clip(0.5 * (residual[fine] * d[fine]).sum() / max((d[fine] ** 2).sum(), 1e-12) + 0.25, 0.0, 1.0)
-                )
-                weight[k, c] = w
-                z = np.abs(residual[fine] - w * d[fine]) / spread[ok, k, :, c].reshape(-1)[fine]
-                factor[k, c] = float(np.clip(np.quantile(z, 0.9) / 1.6449, 0.2, 5.0))
-    fitted = params.fitted.replace(
-        weight=jnp.asarray(weight, jnp.float32), calibration=jnp.asarray(factor, jnp.float32)
+    if not stage.cycling.active:
+        return data.train_times, data.folds
+    main = next((s for s in data.cfg.streams if not s.moving), data.cfg.streams[0])
+    found = windows.training_times(
+        data.reports[main.sensor],
+        data.protocol,
+        span_hours=max(max(s.slots) for s in data.cfg.streams),
+        longest_lead=max(data.cfg.leads),
+        streams=data.streams,
+        cycling=stage.cycling,
+        candidates=data.train_times,
     )
-    return params.replace(fitted=fitted), {"weight": weight, "calibration": factor}
+    keep = np.isin(data.train_times, found)
+    if not keep.any():
+        raise EmptyWindowError(
+            f"no initial time of stage {stage.name!r} has {stage.cycling.before:g} h of windows before it and "
+            f"{stage.cycling.after:g} h of targets after it within training hours; take fewer cycles or a shorter "
+            "roll-out"
+        )
+    return data.train_times[keep], data.folds[keep]

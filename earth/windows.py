@@ -5,7 +5,11 @@ A *window* is what was known at an initial time t0. Reports of one fixed platfor
 latest report at or before t0 - slot hours; every report of a moving platform (a sounding level, an aircraft) is a token
 of its own. Nothing after t0 enters. Targets are the reports within half a tolerance of t0 + lead.
 
-Shapes: N tokens, R slots, V variables of a stream, L leads, Q query points.
+A *cycling* sample adds the windows before t0 and the targets of every step from one analysis to the next, see
+`Cycling`.
+
+Shapes: N tokens, R slots, V variables of a stream, L leads, Q query points, K earlier windows, S scored steps of a
+chain.
 """
 
 import dataclasses
@@ -57,7 +61,8 @@ class StreamConfig:
             raise ValueError(f"slots {self.slots} of stream {self.sensor!r} must rise from 0")
         if not self.tolerance > 0 or self.tokens < 1:
             raise ValueError(
-                f"stream {self.sensor!r} has tolerance {self.tolerance} h and tokens {self.tokens}; both must be above 0"
+                f"stream {self.sensor!r} has tolerance {self.tolerance} h and tokens {self.tokens}; "
+                "both must be above 0"
             )
         unknown = {v for group in self.instruments for v in group} - set(self.variables)
         if unknown:
@@ -149,8 +154,8 @@ class Stream:
             self._first = np.minimum(first, max(len(reports) - 1, 0))
             if len(reports.platforms) > config.tokens:
                 raise ObservationError(
-                    f"{len(reports.platforms)} platforms of {config.sensor!r} do not fit the {config.tokens} tokens of a "
-                    "window; "
+                    f"{len(reports.platforms)} platforms of {config.sensor!r} do not fit the {config.tokens} tokens "
+                    "of a window; "
                     f"set tokens={len(reports.platforms)} or thin the network"
                 )
 
@@ -271,6 +276,66 @@ class Stream:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cycling:
+    """The chain of analyses of a training sample (ours; its spin-up follows AIFS-DOP 2606.19093).
+
+    The window at t0 - cycles * hours is assimilated from the climate normal, the state advanced by `hours`, the next
+    window assimilated into it, and so on to the window at t0; then `rollout` times the state is advanced by `hours` and
+    an empty window assimilated, which is autoregression: each forecast starts from the forecast before. Every analysis
+    of the chain but the first `spin_up` is scored by its forecast over `hours`, at the reports of that hour, on top of
+    the leads of the sample, which start at t0. So the last target of a roll-out lies (rollout + 1) * hours after t0.
+
+    Attributes:
+      cycles: K windows before t0; 0 with rollout 0 switches the chain off.
+      hours: between windows.
+      spin_up: first analyses without a loss of their own; at most `cycles`.
+      rollout: steps in which nothing is observed.
+      through_time: gradients flow back through all analyses; False stops them where a background is assimilated.
+    """
+
+    cycles: int = 0
+    hours: float = 6.0
+    spin_up: int = 0
+    rollout: int = 0
+    through_time: bool = True
+
+    def __post_init__(self):
+        if self.cycles < 0 or self.rollout < 0:
+            raise ValueError(f"cycles {self.cycles} and rollout {self.rollout} must be at least 0")
+        if not self.hours > 0:
+            raise ValueError(f"hours {self.hours} between the windows of a chain must be above 0")
+        if not 0 <= self.spin_up <= self.cycles:
+            raise ValueError(f"spin_up {self.spin_up} must lie between 0 and cycles {self.cycles}")
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a chain at all."""
+        return self.cycles > 0 or self.rollout > 0
+
+    @property
+    def offsets(self) -> tuple[float, ...]:
+        """Hours from t0 to the K earlier windows, oldest first; all below 0."""
+        return tuple((k - self.cycles) * self.hours for k in range(self.cycles))
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Hours from t0 to the valid times of the S scored steps."""
+        if not self.active:
+            return ()
+        return tuple((k + 1 - self.cycles) * self.hours for k in range(self.spin_up, self.cycles + self.rollout + 1))
+
+    @property
+    def before(self) -> float:
+        """Hours from the first window to t0."""
+        return self.cycles * self.hours
+
+    @property
+    def after(self) -> float:
+        """Hours from t0 to the last scored step."""
+        return max((0.0, *self.steps))
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampling:
     """How training batches are drawn.
 
@@ -278,10 +343,15 @@ class Sampling:
       strata: L groups of leads in hours; each batch takes one lead of each group, so that every batch covers short and
         long. 0 is the analysis.
       queries: Q for moving streams.
+      cycling: the chain of analyses; none by default.
+      partners: the second half of a batch is drawn so that sample B - 1 - i has the time of day of sample i, its
+        partner in mixing: dynamics are linear at a given hour, not across hours.
     """
 
     strata: tuple[tuple[float, ...], ...]
     queries: int = 128
+    cycling: Cycling = Cycling()
+    partners: bool = False
 
     def __post_init__(self):
         if not self.strata or not all(self.strata) or min(map(min, self.strata)) < 0:
@@ -305,12 +375,25 @@ class _Source(grain.sources.RandomAccessDataSource):
 
 
 class _Batch(grain.transforms.RandomMap):
-    def __init__(self, streams: Mapping[str, Stream], sampling: Sampling):
-        self._streams, self._sampling = streams, sampling
+    """(time, fold) [B, 2] of a global batch -> this host's rows of it."""
+
+    def __init__(
+        self, streams: Mapping[str, Stream], sampling: Sampling, shard: HostShard, times: np.ndarray, folds: np.ndarray
+    ):
+        self._streams, self._sampling, self._shard = streams, sampling, shard
+        self._all = np.stack([times, folds], 1)
+        self._hour, group = np.unique(times % 86400, return_inverse=True)
+        self._rows = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
 
     def random_map(self, element: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-        leads = np.array([rng.choice(group) for group in self._sampling.strata], np.float32)
-        return sample(self._streams, element[:, 0], leads, fold=element[:, 1], queries=self._sampling.queries, rng=rng)
+        s = self._sampling
+        leads = np.array([rng.choice(group) for group in s.strata], np.float32)
+        if s.partners:
+            element, half = element.copy(), len(element) // 2
+            of_day = np.searchsorted(self._hour, element[:half, 0] % 86400)
+            element[::-1][:half] = self._all[[rng.choice(self._rows[g]) for g in of_day]]
+        mine = np.split(element, self._shard.count)[self._shard.index]
+        return sample(self._streams, mine[:, 0], leads, fold=mine[:, 1], queries=s.queries, rng=rng, cycling=s.cycling)
 
 
 def sample(
@@ -321,18 +404,32 @@ def sample(
     fold: Any = -1,
     queries: int = 128,
     rng: np.random.Generator | None = None,
+    cycling: Cycling = Cycling(),
 ) -> dict[str, Any]:
     """A batch at times [B]: {"time" int32 [B], "fold" int32 [B], "leads" [B, L], "tokens" {stream: Tokens}, "targets"
     {stream: Targets}}.
+
+    With an active chain also "windows" {stream: Tokens [B, K, N, ...]}, the earlier windows, oldest first (without
+    cycles it is left out), and "steps" {stream: Targets [B, S, ...]}, the reports at `cycling.steps`.
     """
     leads = np.asarray(leads, np.float32)
-    return {
+    batch = {
         "time": np.asarray(time, np.int32),
         "fold": np.broadcast_to(np.asarray(fold, np.int32), (len(time),)).copy(),
         "leads": np.tile(leads, (len(time), 1)),
         "tokens": {name: Tokens(**s.tokens(time, rng)) for name, s in streams.items()},
         "targets": {name: Targets(**s.targets(time, leads, queries, rng)) for name, s in streams.items()},
     }
+    if cycling.cycles:
+        offsets = np.round(np.asarray(cycling.offsets) * 3600).astype(np.int64)
+        at = (np.asarray(time, np.int64)[:, None] + offsets).reshape(-1)
+        batch["windows"] = {
+            name: Tokens(**{k: x.reshape(len(time), len(offsets), *x.shape[1:]) for k, x in s.tokens(at, rng).items()})
+            for name, s in streams.items()
+        }
+    if cycling.active:
+        batch["steps"] = {name: Targets(**s.targets(time, cycling.steps, queries, rng)) for name, s in streams.items()}
+    return batch
 
 
 def dataset(
@@ -351,7 +448,8 @@ def dataset(
       streams: the records.
       times: int32 [n] initial times allowed for training; folds: [n] cross-fitting fold of each (-1 none).
       sampling: leads and queries.
-      batch: global batch size; each host reads batch / shard.count samples of it.
+      batch: global batch size; each host reads its own batch / shard.count consecutive rows of it, so that the global
+        batch does not depend on the number of hosts (but for the thinning of moving streams, drawn by each host).
       seed: of the shuffle and of everything drawn per batch; hosts draw the same leads.
 
     Returns:
@@ -368,7 +466,13 @@ def dataset(
     if batch % shard.count:
         raise ValueError(f"batch {batch} does not divide over {shard.count} hosts; choose a multiple")
     data = grain.MapDataset.source(_Source(np.asarray(times), np.asarray(folds))).seed(seed).shuffle().repeat()
-    data = data[shard.index :: shard.count].batch(batch // shard.count).random_map(_Batch(streams, sampling))
+    # Hosts slice whole batches, not the times: rows keep their partners in mixing. (The identity slice keeps the draws,
+    # which depend on the number of stages before them, as they have always been.)
+    data = (
+        data[::1]
+        .batch(batch)
+        .random_map(_Batch(streams, sampling, shard, np.asarray(times, np.int64), np.asarray(folds, np.int64)))
+    )
     return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
@@ -388,15 +492,22 @@ def training_times(
     longest_lead: float,
     every_hours: float | None = None,
     streams: Mapping[str, Stream] | None = None,
+    cycling: Cycling = Cycling(),
+    candidates: np.ndarray | None = None,
 ) -> np.ndarray:
     """int32 initial times whose whole span [t - span, t + longest lead] avoids test and validation hours and lies in
     the training period.
+
+    A chain lengthens the span: it starts `cycling.before` hours earlier and ends no earlier than `cycling.after`.
 
     Args:
       reports: the record that gives start, end and (without `every_hours`) the step.
       streams: where given, no window or target at a time may hold a report outside training hours either; tolerances
         reach beyond the nominal span.
+      cycling: the chain of analyses of every sample.
+      candidates: int32 times to choose from instead of the record's own steps.
     """
+    span_hours, longest_lead = span_hours + cycling.before, max(longest_lead, cycling.after)
     step = int((every_hours or reports.cadence() / 3600) * 3600)
     start, stop = reports.times.min(), reports.times.max()
     times = np.arange(
@@ -404,12 +515,15 @@ def training_times(
         stop - np.timedelta64(int(longest_lead * 3600), "s") + np.timedelta64(1, "s"),
         np.timedelta64(step, "s"),
     )
+    if candidates is not None:
+        inside = geometry.datetimes(candidates)
+        times = inside[(inside >= times[0]) & (inside <= times[-1])] if len(times) else inside[:0]
     before, after = np.timedelta64(int(span_hours * 3600), "s"), np.timedelta64(int(longest_lead * 3600), "s")
     found = geometry.seconds(times[protocol.clear(times - before, times + after)])
     for stream in (streams or {}).values():
         foreign = np.unique(stream.time[protocol.role(stream.reports.times) != "train"])
         at = found.astype(np.int64)
-        first = np.searchsorted(foreign, at - round(stream.config.span * 3600), side="right")
+        first = np.searchsorted(foreign, at - round((stream.config.span + cycling.before) * 3600), side="right")
         last = np.searchsorted(foreign, at + round((longest_lead + stream.config.tolerance / 2) * 3600), side="right")
         found = found[first == last]
     return found

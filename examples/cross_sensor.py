@@ -1,10 +1,12 @@
 """One sensor from the others: radiation and UV index from thermometer, hygrometer, barometer, anemometer and gauge.
 
-    python examples/cross_sensor.py --observations stations.parquet --protocol configs/protocols/stations-v1.json --out out/cross
+    python examples/cross_sensor.py --observations stations.parquet --protocol PROTOCOL.json --out out/cross
 
-The model is trained to reconstruct the denied sensors (`--targets`) at the same hour from what the other sensors of the whole network report, and
-scored at training stations and at held-out stations (which give their other sensors and were never trained on), beside gradient boosting on the same
-inputs. Hours with the sun up count. OUT receives cross_sensor.csv (variable, stations, model, rmse, n) and cross_sensor.png.
+The model is trained to reconstruct the denied sensors (`--targets`) at the same hour from what the other sensors of the
+whole network report, and scored at training stations and at held-out stations (which give their other sensors and were
+never trained on), beside gradient boosting on the same inputs. Hours with the sun up count. OUT receives
+cross_sensor.csv (variable, stations, model, rmse, n) and cross_sensor.png. A protocol to start from is
+configs/protocols/stations-v1.json.
 """
 
 from __future__ import annotations
@@ -12,23 +14,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+import sys
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from earth import geometry, report
-from earth.baselines import Panel, fit_cross_sensor
+from earth.baselines import BaselineError, Panel, fit_cross_sensor
 from earth.baselines.boosting import solar_cosine
 from earth.forecast import predict, save_model, sites, streams_of
 from earth.model import EarthConfig
 from earth.network import NetworkConfig
 from earth.objectives import ObjectiveConfig
-from earth.protocol import Protocol
+from earth.observations import EmptyWindowError, MissingVariableError, ObservationError, base_platform
+from earth.protocol import Protocol, ProtocolError
 from earth.readers import read_stations
 from earth.train import StageConfig, TrainConfig, fill_heights, prepare, train
 from earth.windows import StreamConfig
+from moe.checkpoint import CheckpointError
+from moe.training import DivergedError
 
+ERRORS = (ObservationError, ProtocolError, BaselineError, CheckpointError, DivergedError, FileNotFoundError)
 INPUTS = ("t2m", "td2m", "rh", "ps", "ws", "u", "v", "gust", "precip")
 
 
@@ -44,14 +51,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(argv: list[str] | None = None) -> pd.DataFrame:
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    try:
+        run(args)
+    except ERRORS as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> pd.DataFrame:
     args.out.mkdir(parents=True, exist_ok=True)
     table = read_stations(args.observations)
     record, _ = fill_heights(table.reports)
     protocol = Protocol.load(args.protocol)
     inputs, targets = ([table.variable(c) for c in names] for names in (args.inputs, args.targets))
-    inside = record.select(platforms=[p for p in record.platforms if p not in protocol.held_out])
+    twice = sorted(set(inputs) & set(targets))
+    if twice:
+        raise MissingVariableError(f"{twice} are both inputs and targets; a denied sensor is read by nobody: drop one")
+    inside = record.select(platforms=[p for p in record.platforms if base_platform(p) not in protocol.held_out])
+    seen = np.isfinite(inside.values[protocol.role(inside.times) == "train"]).any(0)
+    for column, name in zip((*args.inputs, *args.targets), (*inputs, *targets), strict=True):
+        if not seen[inside.index([name])[0]]:
+            raise MissingVariableError(
+                f"column {column!r} has no value at the training stations in training hours; leave it out"
+            )
+    if not (protocol.role(record.times) == "test").any():
+        raise EmptyWindowError(
+            f"no report lies in the test intervals of {args.protocol}; the record runs from {record.times.min()} to "
+            f"{record.times.max()}: choose them inside it"
+        )
     cadence = record.cadence() / 3600
     slots = tuple(s * cadence for s in (0.0, 1.0, 2.0, 3.0, 6.0))
     stream = StreamConfig("station", (*inputs, *targets), slots=slots, tolerance=cadence, tokens=len(inside.platforms))
@@ -74,16 +104,20 @@ def run(argv: list[str] | None = None) -> pd.DataFrame:
     mean, _ = predict(params, cfg, streams, geometry.seconds(tests), [0.0], place)
     rows = np.searchsorted(panel.times, tests)
     up = solar_cosine(tests[:, None], panel.latitude[None], panel.longitude[None]) > 0
-    held = np.isin(panel.stations, protocol.held_out)
+    held = np.isin([base_platform(s) for s in panel.stations], protocol.held_out)
+    # Parts of a station that moved (`NAME@2`) are held out with it.
+    split = dataclasses.replace(protocol, held_out=[s for s, out in zip(panel.stations, held, strict=True) if out])
     out = []
     for column, name in zip(args.targets, targets, strict=True):
         mapping = table.columns[column]
         truth = panel.values[rows][..., panel.variables.index(name)]
         ours = np.maximum(mean[:, 0, :, cfg.channels.index(("station", name))], 0.0)
-        boosted = fit_cross_sensor(panel, protocol, name, inputs).predict(panel)[rows]
-        geometric = fit_cross_sensor(panel, protocol, name).predict(panel)[rows]
+        boosted = fit_cross_sensor(panel, split, name, inputs).predict(panel)[rows]
+        geometric = fit_cross_sensor(panel, split, name).predict(panel)[rows]
         for model, predicted in (("earth-o1", ours), ("gradient boosting", boosted), ("sun geometry", geometric)):
             for group, chosen in (("training", ~held), ("held_out", held)):
+                if not chosen.any():
+                    continue
                 error = np.where(up, predicted - truth, np.nan)[:, chosen] / mapping.scale
                 n = int(np.isfinite(error).sum())
                 out.append(
@@ -124,4 +158,4 @@ def bars(result: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    run()
+    raise SystemExit(main())

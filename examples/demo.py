@@ -39,12 +39,13 @@ from earth import field, report, verify
 from earth.baselines import MODELS, Baselines, Panel, fit_baselines
 from earth.baselines.forecasts import carrying_error
 from earth.baselines.spatial import distances
+from earth.calibration import calibrate
 from earth.export import SPREAD, write_dataset
 from earth.forecast import forecast, load_model, save_model, streams_of
 from earth.observations import Reports, to_reports, validate
 from earth.osse import Simulation, Truth, query, simulate
 from earth.protocol import Protocol
-from earth.train import calibrate, fill_heights, prepare, train
+from earth.train import fill_heights, prepare, train
 from moe import training
 
 # In the units of the figures: name, factor from SI.
@@ -238,7 +239,7 @@ def run(demo: Demo, out: pathlib.Path, *, seed: int = 0, progress: bool = True) 
     with clock("figures and report"):
         kept = pd.DataFrame({"lead_hours": cfg.leads})
         for name in SURFACE:
-            kept[name] = chosen["weight"][:, cfg.channels.index(("station", name))]
+            kept[name] = chosen["weight"].sum(0)[:, cfg.channels.index(("station", name))]
         last = out / "training" / "member0" / tcfg.stages[-1].name / "metrics.jsonl"
         curve = pd.DataFrame(training.read_metrics(last))
         results = Results(demo, world, protocol, where, seen, ours, scores, ratios, maps, method, kept, curve)

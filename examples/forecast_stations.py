@@ -17,14 +17,17 @@ persistence, AR ridge, VAR
    ridge, and, at held-out stations, these interpolated by inverse distance with a lapse rate.
 5. OUT receives scores.csv (variable, lead_hours, stations, model, rmse, mae, bias, crps, n, intervals, in the file's
 units), ratios.csv,
-   forecast.nc, the model (model/), figures and report.html.
+   forecast.nc, the model (model/), figures and report.html; with `--weatherbench DIR` the forecast also goes to DIR as
+WeatherBench-X sparse parquet.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -35,19 +38,31 @@ import pandas as pd
 import xarray as xr
 
 from earth import report, verify
-from earth.baselines import Panel, fit_baselines, interpolate_forecast, interpolate_panel
-from earth.export import to_dataset, write_dataset
+from earth.baselines import BaselineError, Panel, fit_baselines, interpolate_forecast, interpolate_panel
+from earth.calibration import calibrate
+from earth.export import to_dataset, to_weatherbenchx, write_dataset
 from earth.forecast import forecast, load_model, save_model, streams_of
-from earth.observations import ObservationError, Reports, base_platform
-from earth.protocol import Protocol, ProtocolError
+from earth.observations import EmptyWindowError, ObservationError, Reports, SchemaError, base_platform
+from earth.protocol import Protocol, ProtocolError, utc_times
 from earth.readers import read_stations
-from earth.stations import design, usual_variables
-from earth.train import calibrate, fill_heights, prepare, train
+from earth.stations import StationsConfig, design, usual_variables
+from earth.train import fill_heights, prepare, train
+from earth.verify import VerificationError
 from moe import training
-from moe.checkpoint import CheckpointError
-from moe.config import add_config_arguments, config_from_arguments
+from moe.checkpoint import CheckpointConfigError, CheckpointError, CorruptCheckpointError
+from moe.config import add_config_arguments, config_from_arguments, flatten, to_dict
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ERRORS = (
+    ObservationError,
+    ProtocolError,
+    BaselineError,
+    VerificationError,
+    CheckpointError,
+    training.DivergedError,
+    FileNotFoundError,
+    FileExistsError,
+)
 BASELINES = ("climatology", "persistence", "anomaly_persistence", "ar", "var")
 
 
@@ -80,6 +95,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--units", nargs="+", default=None, metavar="COLUMN=UNIT", help="e.g. t2m=degC, where the guess is wrong"
     )
     parser.add_argument("--rename", nargs="+", default=None, metavar="COLUMN=NAME", help="e.g. T_avg=2m_temperature")
+    parser.add_argument(
+        "--weatherbench", type=pathlib.Path, metavar="DIR", help="also write the forecast as WeatherBench-X parquet"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_config_arguments(parser, default=str(ROOT / "configs" / "earth_o1.py") + ":stations")
@@ -91,45 +109,149 @@ def words(values: list[str] | None) -> list[str]:
     return [w for v in values or [] for w in str(v).replace(",", " ").split()]
 
 
+def pairs(args: argparse.Namespace, option: str) -> dict[str, str] | None:
+    """`--units a=b c=d` as a dict, None where not given."""
+    found = words(getattr(args, option))
+    for word in found:
+        if not all(word.partition("=")):
+            raise SchemaError(f"--{option} {word!r} is not COLUMN=VALUE; write e.g. --{option} t2m=degC")
+    return dict(word.split("=", 1) for word in found) or None
+
+
+def hours(args: argparse.Namespace) -> tuple[float, ...]:
+    """The leads asked for, increasing, each once; () where none are."""
+    try:
+        leads = tuple(sorted({float(word) for word in words(args.leads)}))
+    except ValueError as error:
+        raise ProtocolError(f"--leads {' '.join(args.leads)}: {error}; give hours such as --leads 6 12 24") from error
+    return leads
+
+
 def choose_protocol(args: argparse.Namespace, reports: Reports) -> Protocol:
-    leads = [float(w) for w in words(args.leads)] or [1.0, 3.0, 6.0, 12.0, 24.0, 48.0]
-    held = tuple(words(args.held_out))
+    leads = hours(args) or (1.0, 3.0, 6.0, 12.0, 24.0, 48.0)
+    held = tuple(dict.fromkeys(words(args.held_out)))
     start, stop = reports.times.min(), reports.times.max() + np.timedelta64(1, "s")
     if args.protocol:
         protocol = Protocol.load(args.protocol)
-        changes = {} if not args.leads else {"leads": tuple(leads)}
-        return dataclasses.replace(protocol, **changes, **({"held_out": held} if args.held_out else {}))
+        leads = leads if args.leads or not protocol.leads else protocol.leads
+        return dataclasses.replace(protocol, leads=leads, **({"held_out": held} if args.held_out else {}))
     if args.test_period:
-        first = min(pd.Timestamp(a) for a, _ in args.test_period)
-        period = tuple(args.train_period) if args.train_period else (start, np.datetime64(first))
+        first = utc_times([a for a, _ in args.test_period]).min()
+        period = tuple(args.train_period) if args.train_period else (start, first)
         return Protocol.from_periods(
             test=[tuple(p) for p in args.test_period], train=period, held_out=held, leads=leads
         )
     if args.train_period:
         begin, end = args.train_period
-        return Protocol.from_periods(
-            test=[(np.datetime64(pd.Timestamp(end)), stop)], train=(begin, end), held_out=held, leads=leads
-        )
+        return Protocol.from_periods(test=[(utc_times([end])[0], stop)], train=(begin, end), held_out=held, leads=leads)
     return Protocol.rotating(start, stop, held_out=held, leads=leads)
+
+
+def usable_leads(args: argparse.Namespace, protocol: Protocol, cadence: float) -> list[float]:
+    """The leads on the record's cadence (hours). One asked for by name that is not is an error; the others are left
+    out and said.
+    """
+    off = [lead for lead in protocol.leads if abs(lead / cadence - round(lead / cadence)) > 1e-6]
+    leads = [float(lead) for lead in protocol.leads if lead not in off]
+    steps = ", ".join(f"{cadence * k:g}" for k in (1, 2, 4, 8))
+    if off and (args.leads or not leads):
+        raise ProtocolError(
+            f"leads {off} h are no multiples of the record's cadence of {cadence:g} h; pass --leads with multiples of "
+            f"it, such as {steps}"
+        )
+    if off:
+        print(f"leads {off} h are not on the record's cadence of {cadence:g} h and are left out")
+    return leads
+
+
+def check_tests(protocol: Protocol, record: Reports, init: np.ndarray, longest: float) -> None:
+    """Refuses a split that leaves nothing to score before anything is trained."""
+    span = f"the record runs from {record.times.min()} to {record.times.max()}"
+    blocks = protocol.block(record.times)
+    empty = [f"[{a}, {b})" for i, (a, b) in enumerate(protocol.test) if not (blocks == i).any()]
+    if len(empty) == len(protocol.test):
+        raise EmptyWindowError(f"no report lies in the test periods {', '.join(empty)}; {span}: choose them inside it")
+    if empty:
+        print(f"no report lies in {len(empty)} of {len(protocol.test)} test periods, e.g. {empty[0]}; {span}")
+    if not len(init):
+        raise EmptyWindowError(
+            f"no initial time has {longest:g} h of reports before it and a lead that ends in a test period; {span}: "
+            "choose later test periods or longer leads"
+        )
+
+
+def keep_identity(folder: pathlib.Path, record: Reports, protocol: Protocol, cfg, tcfg) -> None:
+    """Writes what a training run was made from beside its checkpoints; a run that goes on there must be the same.
+
+    The checkpoints compare the configuration only: weights trained on other reports or hours would go unnoticed, and
+    with other test periods they would have seen the test.
+
+    Raises:
+      CheckpointConfigError: another record, split or configuration, naming what differs.
+    """
+    content = hashlib.sha256(json.dumps([record.variables, record.platforms]).encode())
+    for array in (record.platform, record.time, record.latitude, record.longitude, record.height, record.values):
+        content.update(np.ascontiguousarray(array).tobytes())
+    split = {key: entry for key, entry in protocol.to_dict().items() if key in ("train", "validation", "test")}
+    mine = {
+        "observations": {"reports": len(record), "stations": len(record.platforms), "sha256": content.hexdigest()[:16]},
+        "protocol": split,
+        "model": to_dict(cfg),
+        "training": to_dict(tcfg),
+    }
+    mine = json.loads(json.dumps(mine))
+    path = folder / "run.json"
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
+    except json.JSONDecodeError as error:
+        raise CorruptCheckpointError(f"{path} cannot be read ({error}); remove {folder} to train anew") from error
+    old, new = flatten(theirs), flatten(mine)
+    differing = [
+        f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise CheckpointConfigError(
+            f"{folder} belongs to another run: {'; '.join(differing[:5])}{more}. Choose another --out, repeat that "
+            f"run's options, or remove {folder} to train anew"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".partial-{os.getpid()}-run.json")
+    temporary.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        run(args)
-    except (ObservationError, ProtocolError, CheckpointError) as error:
+        config = config_from_arguments(args)
+    except (ValueError, TypeError, AttributeError, ImportError, FileNotFoundError) as error:
+        print(f"--config or --set: {error}", file=sys.stderr)
+        return 2
+    try:
+        run(args, config)
+    except ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(args: argparse.Namespace) -> pd.DataFrame:
+def run(args: argparse.Namespace, config: StationsConfig) -> pd.DataFrame:
     clock = time.time()
-    config = config_from_arguments(args)
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
-    pairs = {k: dict(p.split("=", 1) for p in words(getattr(args, k))) or None for k in ("units", "rename")}
-    table = read_stations(args.observations, columns=pairs["rename"], units=pairs["units"], timezone=args.timezone)
+    store = args.weatherbench
+    if (
+        store is not None
+        and store.exists()
+        and not (store.is_dir() and all(p.match("year=*") for p in store.iterdir()))
+    ):
+        raise FileExistsError(f"--weatherbench {store} holds something else than such a forecast; name a new folder")
+    table = read_stations(
+        args.observations, columns=pairs(args, "rename"), units=pairs(args, "units"), timezone=args.timezone
+    )
     print(table.report)
     record, unknown = fill_heights(table.reports)
     if unknown:
@@ -144,21 +266,14 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
         raise ObservationError(
             f"held-out stations {sorted(held_names - known)} are not in the table; it has {sorted(known)[:12]}..."
         )
+    if known == held_names:
+        raise EmptyWindowError(f"--held-out names all {len(known)} stations; leave some to train on")
     inside = record.select(platforms=[p for p in record.platforms if base_platform(p) not in held_names])
     held = (
         record.select(platforms=[p for p in record.platforms if base_platform(p) in held_names]) if held_names else None
     )
     cadence = record.cadence() / 3600
-    leads = [lead for lead in protocol.leads if abs(lead / cadence - round(lead / cadence)) < 1e-6]
-    if not leads:
-        raise ProtocolError(
-            f"none of the leads {protocol.leads} h is a multiple of the record's cadence of {cadence:g} h; pass --leads"
-        )
-    if len(leads) < len(protocol.leads):
-        print(
-            f"leads {sorted(set(protocol.leads) - set(leads))} h are not on the record's cadence of {cadence:g} h "
-            "and are left out"
-        )
+    leads = usable_leads(args, protocol, cadence)
     cfg, tcfg = design(inside, targets, leads, protocol.role(inside.times) == "train", config, seed=args.seed)
     print(
         f"{len(inside.platforms)} training stations, {len(held.platforms) if held else 0} held out; "
@@ -168,6 +283,13 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
         f"further sensors read: {[v for v in cfg.streams[0].variables if v not in targets]}; "
         f"slots {cfg.streams[0].slots} h"
     )
+    grid = record.select(variables=list(targets)).grid()
+    axis = grid.time.to_numpy()
+    span = cfg.streams[0].slots[-1]
+    init = protocol.init_times(axis, leads)
+    init = init[init >= axis[0] + np.timedelta64(int(span * 3600), "s")]
+    check_tests(protocol, record, init, span)
+    keep_identity(out / "training", inside, protocol, cfg, tcfg)
 
     data = prepare({"station": inside}, cfg, protocol, progress=not args.quiet)
     values = int(np.isfinite(inside.values[:, inside.index(cfg.streams[0].variables)]).sum())
@@ -176,7 +298,10 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
         f"{len(data.train_times):,} training times"
     )
     begun = time.time()
-    params = train(data, tcfg, out / "training", progress=not args.quiet)
+    try:
+        params = train(data, tcfg, out / "training", progress=not args.quiet)
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{error}; or remove {out / 'training'} to train anew") from error
     params, chosen = calibrate(params, data)
     print(f"trained {tcfg.members} member(s) in {time.time() - begun:.0f} s")
     meta = {"protocol": protocol.to_dict(), "targets": list(targets), "seed": args.seed}
@@ -184,13 +309,7 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
     params, cfg, _ = load_model(out / "model", cfg=cfg)
 
     streams = streams_of(params, cfg, {"station": inside})
-    axis = np.arange(
-        record.times.min(), record.times.max() + np.timedelta64(1, "s"), np.timedelta64(int(record.cadence()), "s")
-    )
     scores, ratios = [], []
-    grid = record.select(variables=list(targets)).grid()
-    init = protocol.init_times(axis, leads)
-    init = init[init >= axis[0] + np.timedelta64(int(cfg.streams[0].slots[-1] * 3600), "s")]
     points = record.positions()
     points = points[~points.index.duplicated()]
     stations = {"station": list(points.index), **{c: points[c].to_numpy() for c in ("latitude", "longitude", "height")}}
@@ -200,6 +319,8 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
         f"({time.time() - clock:.0f} s)"
     )
     write_dataset(ours, out / "forecast.nc", overwrite=True)
+    if store is not None:
+        to_weatherbenchx(ours, store, overwrite=True)
 
     panel = Panel.from_grid(inside.select(variables=list(targets)).grid())
     baselines = fit_baselines(panel, protocol, models=BASELINES, leads=leads, progress=not args.quiet)

@@ -131,7 +131,8 @@ def prepare(
     params, cfg, _ = load_model(saved, cfg=cfg)
     # A saved model lacks the cross-fitted propagators. Copies of the one it has cost the same to evaluate.
     prop = params.fitted.propagator
-    prop = dataclasses.replace(prop, weight=jnp.repeat(prop.weight[:1], cfg.folds + 1, 0))
+    many = {name: jnp.repeat(getattr(prop, name)[:1], cfg.folds + 1, 0) for name in ("shared", "local")}
+    prop = dataclasses.replace(prop, **many)
     fitted = dataclasses.replace(params.fitted, propagator=prop)
     times = windows.training_times(
         reports, protocol, span_hours=max(s.span for s in cfg.streams), longest_lead=max(cfg.leads)

@@ -140,7 +140,8 @@ def test_a_channel_of_two_sites_borrows_the_others_scales(simulated):
     nothing = np.full((30, 5, 2), np.nan)
     few = scatter(5)
     kernel = field.fit_kernel(as_anchors(*few), *few, nothing)
-    assert np.isfinite(kernel.inverse).all() and (np.asarray(kernel.length_km) > 0).all()
+    assert np.isfinite(kernel.inverse).all()
+    assert (np.asarray(kernel.length_km) > 0).all()
 
 
 def test_fitted_kernel_predicts_left_out_sites_better_than_a_wrong_one(simulated):

@@ -18,7 +18,7 @@ def icao_ratio(height):
 
 
 def climate(seconds, latitude, height):
-    """The truth: temperature (K) and pressure (Pa) by position, day of year and UTC hour, written without the library."""
+    """The truth: temperature (K) and pressure (Pa) by position, day of year and UTC hour, without the library."""
     day = (np.asarray(seconds) - START) / 86400.0
     year, hour = 2 * np.pi * day / 365.25, 2 * np.pi * (np.asarray(seconds) % 86400) / 86400.0
     warm = 295 - 0.8 * (latitude - 24) - 6.5e-3 * np.asarray(height)
@@ -97,7 +97,8 @@ def test_a_new_point_and_a_summit_follow_physics(fitted):
     # 2,100 m above the highest site, where a free regression on height would be lost.
     assert np.sqrt((error[:, 2, 0] ** 2).mean()) < 3.0
     assert np.abs(error[:, 2, 1]).max() < 0.01 * 101325
-    assert (sd > 0.3 * NOISE.min(0)).all() and (sd < 3 * NOISE.max(0)).all()
+    assert (sd > 0.3 * NOISE.min(0)).all()
+    assert (sd < 3 * NOISE.max(0)).all()
 
 
 def test_temperature_falls_with_height_at_about_the_standard_lapse(fitted):
@@ -168,7 +169,8 @@ def test_soundings_recover_a_profile():
     z = normals.standardise_reports(normal, sonde, ("temperature",))[:, 0]
     assert z.std() == pytest.approx(1, abs=0.08)
     low, high = z[height < 2000], z[height > 6000]
-    assert abs(low.mean()) < 0.15 and abs(high.mean()) < 0.15
+    assert abs(low.mean()) < 0.15
+    assert abs(high.mean()) < 0.15
     got, sd = expected(normal, np.array([23.0]), np.array([121.0]), np.array([5000.0]), time[[1000, 4000]])
     np.testing.assert_allclose(
         got[:, 0, 0], 296 - 32.5 + 0.7 + 2 * np.cos(2 * np.pi * (time[[1000, 4000]] - START) / 86400 / 365.25), atol=0.3

@@ -10,12 +10,13 @@ import optax
 import pytest
 
 from earth import model, objectives, windows
+from earth.calibration import calibrate
 from earth.forecast import first_member, forecast, load_model, predict, save_model, sites, streams_of
 from earth.model import EarthConfig, Params, Queries
 from earth.network import NetworkConfig
 from earth.objectives import ObjectiveConfig
 from earth.observations import EmptyWindowError, ObservationError
-from earth.train import StageConfig, TrainConfig, calibrate, prepare, train
+from earth.train import StageConfig, TrainConfig, prepare, train
 from earth.windows import StreamConfig
 from moe import sharding, training
 from moe.checkpoint import CheckpointConfigError, MissingCheckpointError
@@ -87,8 +88,8 @@ def test_batch_equals_loop(data, params):
 
 def test_an_observed_site_reads_its_own_value_at_the_analysis(data, params):
     observations, time = window(data, data.train_times[77])
-    fitted = params.fitted.replace(weight=jnp.zeros_like(params.fitted.weight))
-    quiet = params.replace(fitted=fitted)
+    mean = jax.tree.map(jnp.zeros_like, params.network.mean)
+    quiet = params.replace(network=params.network.replace(mean=mean))
     state = model.assimilate(quiet, None, observations, time, cfg=CFG)
     mean, _ = model.observe(quiet, state, queries(data), cfg=CFG)
     o = observations["station"]
@@ -132,7 +133,8 @@ def test_missing_values_and_targets_have_no_influence(data, params, batch):
     hidden, _ = objectives.hide(jax.random.key(0), poisoned["tokens"], CFG, PLAIN)
     poisoned["tokens"] = hidden
     again, same = jax.value_and_grad(total)(params.network, poisoned)
-    assert not targets.mask.all() and not tokens.mask.all()
+    assert not targets.mask.all()
+    assert not tokens.mask.all()
     np.testing.assert_allclose(value, again, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, same)
 
@@ -148,9 +150,11 @@ def test_gradient_against_finite_differences(data, params, batch):
 
     keys = iter(jax.random.split(jax.random.key(2), 200))
     direction = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape) * (x.ndim > 0), params.network)
-    slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(total)(params.network), direction)), strict=True))
+    slope = sum(
+        jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(total)(params.network), direction)), strict=True)
+    )
     step = 2e-3
-    up, down = (total(jax.tree.map(lambda p, d: p + s * d, params.network, direction)) for s in (step, -step))
+    up, down = (total(jax.tree.map(lambda p, d, s=s: p + s * d, params.network, direction)) for s in (step, -step))
     assert abs(float(slope)) > 1e-3
     np.testing.assert_allclose((up - down) / (2 * step), slope, rtol=0.03)
 
@@ -210,7 +214,8 @@ def test_save_and_load(data, trained, tmp_path, network_record):
     streams = streams_of(params, CFG, {"station": network_record})
     save_model(tmp_path / "m", params, CFG, meta={"note": "x"})
     loaded, cfg, meta = load_model(tmp_path / "m")
-    assert cfg == CFG and meta == {"note": "x"}
+    assert cfg == CFG
+    assert meta == {"note": "x"}
     args = (streams, data.validation_times[:3], [0.0, 6.0], queries(data))
     for a, b in zip(predict(params, CFG, *args), predict(loaded, cfg, *args), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -234,7 +239,8 @@ def test_a_window_never_sees_the_future(data):
     rng = np.random.default_rng(0)
     for time in rng.choice(data.train_times, 20):
         got = stream.tokens(int(time) + int(rng.integers(0, 3600)))
-        assert (got["age"] >= 0).all() and (got["age"] <= STREAM.span).all()
+        assert (got["age"] >= 0).all()
+        assert (got["age"] <= STREAM.span).all()
     t = int(data.train_times[30])
     changed = np.array(stream.values)
     changed[stream.time > t] = 99.0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from earth import geometry
 from earth.observations import EmptyWindowError, ObservationError, Reports
 from earth.protocol import Protocol
-from earth.windows import Sampling, Stream, StreamConfig, contiguous_folds, dataset, sample, training_times
+from earth.windows import Cycling, Sampling, Stream, StreamConfig, contiguous_folds, dataset, sample, training_times
 from moe.sharding import HostShard
 
 EPOCH = 946_684_800  # 2000-01-01 in Unix seconds
@@ -132,7 +132,8 @@ def test_moving_platforms_give_a_token_a_report(case):
     rows = np.flatnonzero(inside)
     seen = got["latitude"] > 0
     assert seen.sum() == min(len(rows), 4)
-    assert (got["age"] >= 0).all() and (got["age"] < 6.0).all()
+    assert (got["age"] >= 0).all()
+    assert (got["age"] < 6.0).all()
     for i in np.flatnonzero(seen):  # every token is one of the reports, whole
         match = [r for r in rows if np.float32(reports.latitude[r]) == got["latitude"][i]]
         assert any(
@@ -222,10 +223,11 @@ def times(network_record):
     return geometry.seconds(network_record.times)[30:200]
 
 
-def batches(streams, times, count, **changes):
+def batches(streams, times, count, cycling=None, **changes):
     arguments = {"batch": 8, "seed": 3} | changes
     folds = np.arange(len(times)) % 4
-    it = iter(dataset(streams, times, folds, Sampling(((0.0, 1.0), (3.0, 6.0, 12.0))), **arguments))
+    sampling = Sampling(((0.0, 1.0), (3.0, 6.0, 12.0)), cycling=cycling or Cycling())
+    it = iter(dataset(streams, times, folds, sampling, **arguments))
     return it, [next(it) for _ in range(count)]
 
 
@@ -238,7 +240,8 @@ def test_batches_hold_what_the_streams_say(streams, times):
     assert set(first["time"]) <= set(times)
     np.testing.assert_array_equal(first["fold"], (first["time"] - times[0]) // 3600 % 4)
     assert (first["leads"] == first["leads"][:1]).all()
-    assert first["leads"][0, 0] in (0, 1) and first["leads"][0, 1] in (3, 6, 12)
+    assert first["leads"][0, 0] in (0, 1)
+    assert first["leads"][0, 1] in (3, 6, 12)
     same(first, sample(streams, first["time"], first["leads"][0], fold=first["fold"]))
 
 
@@ -273,6 +276,60 @@ def test_hosts_partition_every_batch_and_share_its_leads(streams, times):
         assert set(mine["time"]) | set(yours["time"]) == set(full["time"])
         for other in (yours, full):
             np.testing.assert_array_equal(mine["leads"][0], other["leads"][0])
+        same(jax.tree.map(lambda a, b: np.concatenate([a, b]), mine, yours), full)  # the rows keep their order
+
+
+CHAIN = Cycling(cycles=2, hours=1.5, spin_up=1, rollout=1)
+
+
+def test_a_chain_adds_the_windows_before_and_the_targets_of_each_step(streams, times):
+    it, [first, *_] = batches(streams, times, 3, CHAIN)
+    _, [bare, *_] = batches(streams, times, 1)
+    assert CHAIN.offsets == (-3.0, -1.5)
+    assert CHAIN.steps == (0.0, 1.5, 3.0)  # the first analysis spins up, the last one is rolled out
+    assert set(first) - set(bare) == {"windows", "steps"}
+    same({k: first[k] for k in bare}, bare)  # what was there before is the same, bit for bit
+    got, target = first["windows"]["station"], first["steps"]["station"]
+    stream = streams["station"]
+    for i, t in enumerate(first["time"]):
+        for k, hours in enumerate(CHAIN.offsets):
+            for name, value in stream.tokens(int(t) + round(hours * 3600)).items():
+                np.testing.assert_array_equal(getattr(got, name)[i, k], value)
+        for name, value in stream.targets(int(t), CHAIN.steps).items():
+            np.testing.assert_array_equal(getattr(target, name)[i], value)
+    state = it.get_state()
+    want = [next(it) for _ in range(4)]
+    fresh, _ = batches(streams, times, 0, CHAIN)
+    fresh.set_state(state)
+    for batch in want:
+        same(next(fresh), batch)
+    parts = [batches(streams, times, 1, CHAIN, shard=HostShard(i, 2))[1][0] for i in (0, 1)]
+    same(jax.tree.map(lambda a, b: np.concatenate([a, b]), *parts), first)
+
+
+def test_a_roll_out_without_cycles_needs_no_earlier_window(streams, times):
+    chain = Cycling(rollout=2, hours=3.0)
+    assert chain.active
+    assert (chain.before, chain.after, chain.steps) == (0.0, 9.0, (3.0, 6.0, 9.0))
+    batch = sample(streams, times[:2], [3.0], cycling=chain)
+    assert "windows" not in batch
+    assert batch["steps"]["station"].value.shape == (2, 3, 7, 2)
+    assert (Cycling().before, Cycling().after, Cycling().active) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cycles": -1}, "cycles -1"),
+        ({"rollout": -2}, "rollout -2"),
+        ({"cycles": 1, "hours": 0.0}, "hours 0"),
+        ({"cycles": 1, "hours": float("nan")}, "hours nan"),
+        ({"cycles": 2, "spin_up": 3}, "between 0 and cycles 2"),
+    ],
+)
+def test_cycling_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Cycling(**changes)
 
 
 def test_dataset_refuses(streams, times):
@@ -291,9 +348,10 @@ def test_folds_are_blocks():
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 3.0]), st.booleans())
-def test_training_times_touch_no_protocol_hour(seed, cadence, bounded):
-    """Every report that a window or target at a training time can read is itself a training report."""
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 3.0]), st.booleans(), st.integers(0, 3), st.integers(0, 2))
+def test_training_times_touch_no_protocol_hour(seed, cadence, bounded, cycles, rollout):
+    """Every report that a window or target of a sample at a training time can read is itself a training report."""
+    chain = Cycling(cycles, 2.0, 0, rollout)
     rng = np.random.default_rng(seed)
     steps = np.arange(0, 40 * 24, cadence) * 3600
     # Half the reports come up to half a step early, so that windows reach between the hours.
@@ -313,15 +371,58 @@ def test_training_times_touch_no_protocol_hour(seed, cadence, bounded):
     foreign = protocol.role(reports.times) != "train"
     stream = Stream(reports, config, np.repeat(foreign[:, None], 2, 1).astype(np.float32))
     got = training_times(
-        reports, protocol, span_hours=12.0, longest_lead=6.0, every_hours=cadence, streams={"station": stream}
-    )
+        reports, protocol, span_hours=12.0, longest_lead=6.0, every_hours=cadence, streams={"station": stream},
+        cycling=chain,
+    )  # fmt: skip
     assert len(got)
-    for t in got:
-        assert not stream.tokens(int(t))["value"].any()
-        assert not stream.targets(int(t), [0.0, 3.0, 6.0])["value"].any()
+    batch = sample({"station": stream}, got, [0.0, 3.0, 6.0], cycling=chain)
+    for part in {"tokens", "windows", "targets", "steps"} & set(batch):
+        assert not batch[part]["station"].value.any(), part
+    again = training_times(
+        reports, protocol, span_hours=12.0, longest_lead=6.0, streams={"station": stream}, cycling=chain, candidates=got
+    )
+    np.testing.assert_array_equal(again, got)
     # And it is not needlessly strict: a time whose whole closed span is clear of the protocol is there.
-    full = np.arange(int(np.ceil((12 + cadence) / cadence)) * cadence, 39 * 24 - 6 - cadence, cadence) * 3600
+    reach = int(12 + cadence + chain.before)
+    ahead = int(max(6, chain.after) + cadence)
+    at = np.arange(0, 40 * 24, cadence) * 3600 + round(
+        (12 + chain.before) * 3600
+    )  # the grid starts a span after the record
+    full = at[(at >= reach * 3600) & (at < (39 * 24 - ahead) * 3600)]
     at = geometry.datetimes(full.astype(np.int32))
     hour = np.timedelta64(3600, "s")
-    ok = protocol.clear(at - int(12 + cadence) * hour, at + int(6 + cadence) * hour)
+    ok = protocol.clear(at - reach * hour, at + ahead * hour)
     assert set(full[ok].astype(int)) <= set(got.tolist())
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_partners_share_the_time_of_day(hosts):
+    seconds = np.tile(np.arange(0, 240) * 3600, 2)
+    reports = make_reports(seconds, np.repeat([0, 1], 240))
+    times = (np.arange(24, 200) * 3600).astype(np.int32)
+    folds = (times // 86400 % 2).astype(np.int32)
+    sampling = Sampling(((0.0, 3.0),), partners=True)
+    parts = []
+    for host in range(hosts):
+        batches = iter(
+            dataset(
+                {"station": Stream(reports, FIXED)},
+                times,
+                folds,
+                sampling,
+                batch=8,
+                seed=3,
+                shard=HostShard(host, hosts),
+            )
+        )
+        parts.append([next(batches) for _ in range(6)])
+    first, found = [], set()
+    for k in range(6):
+        time = np.concatenate([p[k]["time"] for p in parts])
+        np.testing.assert_array_equal(time % 86400, time[::-1] % 86400)
+        np.testing.assert_array_equal(np.concatenate([p[k]["fold"] for p in parts]), time // 86400 % 2)
+        assert np.isin(time, times).all()
+        first += list(time[:4])
+        found |= set((time[:4] - time[::-1][:4]) // 86400)
+    assert len(found) > 4, "partners come from many days"
+    assert len(set(first)) == len(first), "the first half follows the shuffle"
