@@ -296,9 +296,12 @@ def _shared_rows(shell: Propagator, anchors: Anchors, history, time, rows) -> It
 def _fit_shared(shell, anchors, history, time, y, seen, groups, penalties, bar):
     """Shared weights [G, U, K C] and their penalties [K C]. Missing targets: see `_fit_local`."""
     m, width = y.shape[1], y.shape[2]
+    products = 3 + len(shell.cycles)
+    core = 3 * history.shape[2] * history.shape[3]
+    features = (1 + products) * core
     grams, moments, squares, share = [], [], [], []
     for rows in groups:
-        gram, moment = 0.0, 0.0
+        gram, moment = np.zeros((features, features), np.float32), np.zeros((features, width), np.float32)
         for part, x in _shared_rows(shell, anchors, history, time, rows):
             flat = x.reshape(len(part) * m, -1)
             gram, moment = gram + flat.T @ flat, moment + flat.T @ y[part].reshape(len(part) * m, -1)
@@ -308,8 +311,6 @@ def _fit_shared(shell, anchors, history, time, y, seen, groups, penalties, bar):
         share.append(np.maximum(seen[rows].mean((0, 1)) if len(rows) else np.zeros(width), 1e-3))
         bar.update()
     size = np.array([len(rows) for rows in groups], np.float64)
-    products = 3 + len(shell.cycles)
-    core = grams[0].shape[0] // (1 + products)
     relative = np.repeat([1.0, _SHARED], [core, products * core])
     fits = len(groups)  # on everything, and without each fold
     weights = np.zeros((len(penalties), fits, len(relative), width), np.float32)
@@ -319,7 +320,7 @@ def _fit_shared(shell, anchors, history, time, y, seen, groups, penalties, bar):
         out = fits - 1 if g == 0 else g - 1
         gram = np.sum([grams[f] for f in kept], 0)
         part = np.sum([share[f] * size[f] for f in kept], 0) / max(sum(size[f] for f in kept), 1.0)
-        moment = np.sum([moments[f] for f in kept], 0) / part
+        moment = np.sum([moments[f] for f in kept], 0) / np.maximum(part, 1e-3)
         for i, strength in enumerate(penalties):
             w = weights[i, g] = _solve(gram.copy(), moment, strength * relative)
             if size[out]:  # sum over seen of (y - p)^2, by quadratic forms
@@ -379,7 +380,7 @@ def _fit_local(shell, anchors, history, time, residual, seen, groups, penalties,
     sizes = np.array([len(r) for r in rows], np.float64)
     masked = [np.where(seen, part, 0.0) for part in residual]
     moments = {
-        (g, f): (x[r].T @ masked[g][r].reshape(len(r), -1)).reshape(-1, m, width)
+        (g, f): (x[r].T @ masked[g][r].reshape(len(r), m * width)).reshape(-1, m, width)
         for g in range(fits) for f, r in enumerate(rows) if f != g - 1
     }  # fmt: skip
 

@@ -408,12 +408,12 @@ def time_series(
         values = (seen.to_numpy()[shown] - offset) / scale
         axis.plot(times[shown], values, ".", color="#222222", markersize=3, label="observed")
         axis.set_title(f"lead {lead:g} h")
-        axis.set_ylabel(_label(label, units))
         axis.margins(x=0.01)
     locator = matplotlib.dates.AutoDateLocator(maxticks=10)
     axes[-1].xaxis.set_major_locator(locator)
     axes[-1].xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(locator))
     axes[-1].set_xlabel("valid time (UTC)")
+    figure.supylabel(_label(label, units), fontsize=axes[0].yaxis.label.get_size())
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title or f"Station {station}", x=0.01, ha="left", fontsize=11, fontweight="bold")

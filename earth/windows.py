@@ -478,9 +478,10 @@ def dataset(
 
 def contiguous_folds(times: np.ndarray, count: int, *, block_days: float = 20.0) -> np.ndarray:
     """Cross-fitting fold [n] of each time: blocks of `block_days` days dealt in turn, so that neighbours in time share
-    a fold.
+    a fold; shorter blocks where the record has too few for every fold to get one.
     """
-    block = (np.asarray(times, np.int64) - np.min(times)) // int(block_days * 86400)
+    since = np.asarray(times, np.int64) - np.min(times)
+    block = since // min(int(block_days * 86400), int(since.max()) // count + 1)
     return (block % count).astype(np.int32)
 
 

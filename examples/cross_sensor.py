@@ -47,6 +47,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inputs", nargs="+", default=list(INPUTS), help="columns of the sensors that are read")
     parser.add_argument("--targets", nargs="+", default=["swdown", "uvi"], help="columns of the denied sensors")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--width", type=int, default=96, help="of the network, a multiple of 4")
+    parser.add_argument("--batch", type=int, default=64, help="hours of a training step")
+    parser.add_argument("--trees", type=int, default=500, help="rounds of the gradient boosting beside it")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -85,13 +88,15 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
     cadence = record.cadence() / 3600
     slots = tuple(s * cadence for s in (0.0, 1.0, 2.0, 3.0, 6.0))
     stream = StreamConfig("station", (*inputs, *targets), slots=slots, tolerance=cadence, tokens=len(inside.platforms))
-    cfg = EarthConfig(streams=(stream,), targets=(), leads=(cadence,), network=NetworkConfig(width=96, dropout=0.05))
+    cfg = EarthConfig(
+        streams=(stream,), targets=(), leads=(cadence,), network=NetworkConfig(width=args.width, dropout=0.05)
+    )
     objective = ObjectiveConfig(
         hide_site=0.05, hide_instrument=0.05, mixup=0.0, auxiliary=1.0, analysis=1.0, denied=tuple(targets)
     )
     stage = StageConfig("reconstruct", args.steps, ((0.0,),), objective, learning_rate=2e-3)
     data = prepare({"station": inside}, cfg, protocol)
-    params = train(data, TrainConfig((stage,), batch=64, seed=args.seed), args.out / "training")
+    params = train(data, TrainConfig((stage,), batch=args.batch, seed=args.seed), args.out / "training")
     save_model(args.out / "model", params, cfg, meta={"denied": targets, "protocol": protocol.to_dict()})
 
     # Every station gives its other sensors; the denied ones are nobody's input.
@@ -112,8 +117,8 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
         mapping = table.columns[column]
         truth = panel.values[rows][..., panel.variables.index(name)]
         ours = np.maximum(mean[:, 0, :, cfg.channels.index(("station", name))], 0.0)
-        boosted = fit_cross_sensor(panel, split, name, inputs).predict(panel)[rows]
-        geometric = fit_cross_sensor(panel, split, name).predict(panel)[rows]
+        boosted = fit_cross_sensor(panel, split, name, inputs, iterations=args.trees).predict(panel)[rows]
+        geometric = fit_cross_sensor(panel, split, name, iterations=args.trees).predict(panel)[rows]
         for model, predicted in (("earth-o1", ours), ("gradient boosting", boosted), ("sun geometry", geometric)):
             for group, chosen in (("training", ~held), ("held_out", held)):
                 if not chosen.any():

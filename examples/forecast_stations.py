@@ -45,6 +45,7 @@ from earth.forecast import forecast, load_model, save_model, streams_of
 from earth.observations import EmptyWindowError, ObservationError, Reports, SchemaError, base_platform
 from earth.protocol import Protocol, ProtocolError, utc_times
 from earth.readers import read_stations
+from earth.sensors import nearest
 from earth.stations import StationsConfig, design, usual_variables
 from earth.train import fill_heights, prepare, train
 from earth.verify import VerificationError
@@ -263,8 +264,10 @@ def run(args: argparse.Namespace, config: StationsConfig) -> pd.DataFrame:
     held_names = {base_platform(h) for h in protocol.held_out}
     known = {base_platform(p) for p in record.platforms}
     if held_names - known:
+        lost = sorted(held_names - known)
         raise ObservationError(
-            f"held-out stations {sorted(held_names - known)} are not in the table; it has {sorted(known)[:12]}..."
+            f"held-out stations {lost} are not in the table; the nearest to {lost[0]!r} is {nearest(lost[0], known)!r} "
+            f"among {sorted(known)[:12]}..."
         )
     if known == held_names:
         raise EmptyWindowError(f"--held-out names all {len(known)} stations; leave some to train on")

@@ -242,3 +242,16 @@ def test_what_one_anchor_taught_serves_another():
     error = np.sqrt(((forecast(prop, history, time, 1.0) - target[0]) ** 2).mean((0, 2)))
     assert error[2] < 1.1 * np.delete(error, 2).mean()
     assert error[2] < 0.9 * target[0][:, 2].std()
+
+
+def test_a_short_record_may_leave_folds_and_validation_empty():
+    x = simulate(260, 6)
+    history, time, target = samples(x, (1.0,))
+    arguments = dict(
+        leads=(1.0,), channels=[1], slots=[0], folds=np.arange(len(time)) // 200, fold_count=4, progress=False,
+        validation=np.zeros(len(time), bool), season=False,
+    )  # fmt: skip
+    prop, chosen = propagator.fit_propagator(ANCHORS, history, time, target, np.ones(target.shape, bool), **arguments)
+    error = forecast(prop, history, time, 1.0) - target[0]
+    assert np.sqrt((error**2).mean()) < 0.9 * target.std()
+    assert np.isfinite(chosen["scale"]).all()

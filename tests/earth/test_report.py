@@ -136,7 +136,7 @@ def test_time_series_in_the_users_units():
         forecast, grid, station="a", variable="2m_temperature", leads=(6, 24), columns={"t2m": Column()}
     )
     assert len(axes_of(figure)) == 2
-    assert axes_of(figure)[0].get_ylabel() == "t2m (°C)"
+    assert figure.get_supylabel() == "t2m (°C)"
     line = lines_of(axes_of(figure)[1])["forecast"]
     valid = pd.DatetimeIndex(line.get_xdata())
     want = 285 + 5 * np.sin((valid - pd.Timestamp("2021-01-20")) / pd.Timedelta(hours=1) * 2 * np.pi / 24) + 1 - 273.15
