@@ -100,6 +100,7 @@ def model(stations: int, sonde_tokens: int, *, slots, leads, tolerance, network,
 def demo() -> Demo:
     """`make demo`: 128 stations and 40 sounding sites over the globe, 180 days; under 12 minutes on 2 cores."""
     osse = osse_demo.demo()
+    assert osse.stations is not None
     forecast = StageConfig(
         "forecast", 400, ((0.0,), (6.0, 12.0), (24.0,), (48.0,)), ObjectiveConfig(), learning_rate=1e-3, queries=32
     )

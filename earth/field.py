@@ -8,6 +8,8 @@ Shapes: M anchors, N tokens, R slots, C channels (every variable of every stream
 paper's field is not public).
 """
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +123,7 @@ def fit_anchors(latitude: np.ndarray, longitude: np.ndarray, height: np.ndarray,
         lat, lon = np.deg2rad(points[:, 0]), np.deg2rad(points[:, 1])
         sphere = EARTH_RADIUS_KM * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
         space = np.concatenate([sphere, points[:, 2:] * _HEIGHT_KM_PER_KM / 1000.0], 1)
-        centres = KMeans(count, n_init=4, random_state=0).fit(space).cluster_centers_
+        centres = KMeans(count, n_init=4, random_state=0).fit(space).cluster_centers_  # pyright: ignore[reportArgumentType]
         nearest = np.square(space[:, None] - centres[None]).sum(-1).argmin(0)
         points = points[np.unique(nearest)]
     return Anchors(*(jnp.asarray(points[:, i], jnp.float32) for i in range(3)))
@@ -212,4 +214,4 @@ def make_kernel(anchors: Anchors, length_km, length_m, site, *, ridge: float = 1
     m = anchors.latitude.shape[0]
     shell = Kernel(*scales, inverse=jnp.zeros((scales[0].shape[0], m, m)))
     cov = np.asarray(covariance(shell, anchors, anchors.latitude, anchors.longitude, anchors.height), np.float64)
-    return shell.replace(inverse=jnp.asarray(np.linalg.inv(cov + ridge * np.eye(m)), jnp.float32))
+    return dataclasses.replace(shell, inverse=jnp.asarray(np.linalg.inv(cov + ridge * np.eye(m)), jnp.float32))

@@ -157,7 +157,7 @@ def fit_normal(
     columns = reports.index(variables)
     y_all = np.asarray(reports.values[:, columns], np.float64)
     rows = np.asarray(train, bool) & np.isfinite(y_all).any(1)
-    empty = [v for v, ok in zip(variables, np.isfinite(y_all[rows]).any(0), strict=True) if not ok]
+    empty = [v for v, ok in zip(variables, np.atleast_1d(np.isfinite(y_all[rows]).any(0)), strict=True) if not ok]
     if empty or not rows.any():
         raise EmptyWindowError(
             f"no training value of {empty or list(variables)}; drop the variable or widen the training period"

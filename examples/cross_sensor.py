@@ -48,6 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", default=["swdown", "uvi"], help="columns of the denied sensors")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--width", type=int, default=96, help="of the network, a multiple of 4")
+    parser.add_argument("--layers", type=int, default=2, help="of the network's encoder")
     parser.add_argument("--batch", type=int, default=64, help="hours of a training step")
     parser.add_argument("--trees", type=int, default=500, help="rounds of the gradient boosting beside it")
     parser.add_argument("--seed", type=int, default=0)
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
     if twice:
         raise MissingVariableError(f"{twice} are both inputs and targets; a denied sensor is read by nobody: drop one")
     inside = record.select(platforms=[p for p in record.platforms if base_platform(p) not in protocol.held_out])
-    seen = np.isfinite(inside.values[protocol.role(inside.times) == "train"]).any(0)
+    seen = np.atleast_1d(np.isfinite(inside.values[protocol.role(inside.times) == "train"]).any(0))
     for column, name in zip((*args.inputs, *args.targets), (*inputs, *targets), strict=True):
         if not seen[inside.index([name])[0]]:
             raise MissingVariableError(
@@ -89,7 +90,10 @@ def run(args: argparse.Namespace) -> pd.DataFrame:
     slots = tuple(s * cadence for s in (0.0, 1.0, 2.0, 3.0, 6.0))
     stream = StreamConfig("station", (*inputs, *targets), slots=slots, tolerance=cadence, tokens=len(inside.platforms))
     cfg = EarthConfig(
-        streams=(stream,), targets=(), leads=(cadence,), network=NetworkConfig(width=args.width, dropout=0.05)
+        streams=(stream,),
+        targets=(),
+        leads=(cadence,),
+        network=NetworkConfig(width=args.width, encoder_layers=args.layers, dropout=0.05),
     )
     objective = ObjectiveConfig(
         hide_site=0.05, hide_instrument=0.05, mixup=0.0, auxiliary=1.0, analysis=1.0, denied=tuple(targets)
@@ -156,9 +160,11 @@ def bars(result: pd.DataFrame) -> Figure:
         )[models]
         for i, model in enumerate(models):
             axis.bar(np.arange(len(part)) + 0.27 * (i - 1), part[model], 0.25, label=model, color=report.PALETTE[i])
-        axis.set_xticks(range(len(part)), [s.replace("_", " ") for s in part.index])
-        axis.set(title=variable, ylabel="RMSE")
-    axis.legend(frameon=False, fontsize=8)
+        axis.set_xticks(range(len(part)), [str(s).replace("_", " ") for s in part.index])
+        axis.set(title=variable, ylabel="RMSE, in the file's units")
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     return figure
 
 

@@ -305,6 +305,7 @@ def global_maps(demo: Demo, truth: Truth, model: Any, streams: Any, protocol: Pr
     where = {"station": [str(i) for i in range(len(lat))], "latitude": lat, "longitude": lon, "height": relief}
     made = forecast(params, cfg, streams, [init], [MAP_LEAD], where, variables=SURFACE, batch=1)
     exact = query(truth, SURFACE, valid, lat, lon)
+    assert protocol.train
     [(start, end)] = protocol.train
     days = truth.times[(truth.times >= start) & (truth.times < end)][::8]
     usual = dict.fromkeys(SURFACE, 0.0)
@@ -446,7 +447,7 @@ def figures(r: Results) -> dict[str, dict[str, tuple[str, Figure]]]:
         "Squared error of the forecast mean on training samples (mixed pairs), with the linear propagator's alone, in "
         "units of the propagator's error."
     )
-    drawn = report.loss_curve(r.curve[["step", "mse", "mse_base"]], smooth=10)
+    drawn = report.loss_curve(r.curve.filter(["step", "mse", "mse_base"]), smooth=10)
     out["training"]["training"] = caption, drawn
     return out
 

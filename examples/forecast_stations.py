@@ -314,7 +314,7 @@ def run(args: argparse.Namespace, config: StationsConfig) -> pd.DataFrame:
     streams = streams_of(params, cfg, {"station": inside})
     scores, ratios = [], []
     points = record.positions()
-    points = points[~points.index.duplicated()]
+    points = pd.DataFrame(points[~points.index.duplicated()])
     stations = {"station": list(points.index), **{c: points[c].to_numpy() for c in ("latitude", "longitude", "height")}}
     ours = forecast(params, cfg, streams, init, leads, stations, variables=targets)
     print(
@@ -474,7 +474,7 @@ def figures(out, args, table, ours, grid, scores, ratios, protocol, targets, lea
         keep(
             "Training: squared error of the mean in units of the propagator's error.",
             "training",
-            report.loss_curve(metrics[["step", "mse", "mse_base"]], smooth=10),
+            report.loss_curve(metrics.filter(["step", "mse", "mse_base"]), smooth=10),
         )
     origin = report.provenance(
         data=[args.observations], protocol=protocol, seeds=[args.seed], extra={"platform": jax.default_backend()}

@@ -128,11 +128,26 @@ def south(folder):
 
 
 @pytest.fixture(scope="module")
-def out(folder, south):
+def fits(folder, south):
+    """What one run of the command line leaves behind, and its fits in closed form."""
+    made, kept = folder / "out", []
+    prepare = forecast_stations.prepare
+
+    def keep(*positional, **named):
+        kept.append(prepare(*positional, **named))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast_stations, "prepare", keep)
+        assert forecast_stations.main(command(south, made, "--weatherbench", str(made / "wbx"))) == 0
+    [data] = kept
+    return made, data
+
+
+@pytest.fixture(scope="module")
+def out(fits):
     """What one run of the command line leaves behind."""
-    made = folder / "out"
-    assert forecast_stations.main(command(south, made, "--weatherbench", str(made / "wbx"))) == 0
-    return made
+    return fits[0]
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +394,9 @@ def checkpoints(folder):
     return folder / "training" / "member0" / "forecast" / "checkpoints"
 
 
-def test_truncated_checkpoint_is_refused_and_its_remedy_works(out, south, tmp_path, capsys, train_only):
+def test_truncated_checkpoint_is_refused_and_its_remedy_works(fits, south, tmp_path, capsys, train_only, monkeypatch):
+    out, data = fits
+    monkeypatch.setattr(forecast_stations, "prepare", lambda *_, **__: data)  # the same, once more
     again = tmp_path / "out"
     again.mkdir()
     shutil.copytree(out / "training", again / "training")
@@ -424,6 +441,7 @@ def test_load_model_refuses_a_broken_or_another_model(out, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- other layouts
+@pytest.mark.slow  # compiles a model of its own
 def test_daily_record_in_long_form_and_local_time(tmp_path):
     rng = np.random.default_rng(1)
     days = pd.date_range("2020-01-01", periods=150)
@@ -454,6 +472,7 @@ def test_daily_record_in_long_form_and_local_time(tmp_path):
         assert set(made.init_time.dt.hour.values) == {3}
 
 
+@pytest.mark.slow  # 61 stations: minutes on a busy machine
 def test_french_synop(shared_data, tmp_path):
     path = shared_data / "france_synop_202412.parquet"
     if not path.is_file():
@@ -524,6 +543,9 @@ def radiometers(days=30, stations=6):
     return pd.concat(parts, ignore_index=True)
 
 
+TINY = ["--steps=10", "--width=8", "--layers=1", "--batch=8", "--trees=20"]
+
+
 @pytest.fixture(scope="module")
 def sunny(folder):
     radiometers().to_parquet(folder / "sunny.parquet")
@@ -534,20 +556,8 @@ def sunny(folder):
         "held_out": ["C2"],
     }
     (folder / "sunny.json").write_text(json.dumps(split))
-    return [
-        "--observations",
-        str(folder / "sunny.parquet"),
-        "--protocol",
-        str(folder / "sunny.json"),
-        "--steps",
-        "10",
-        "--width",
-        "8",
-        "--batch",
-        "8",
-        "--trees",
-        "20",
-    ]
+    arguments = ["--observations", str(folder / "sunny.parquet"), "--protocol", str(folder / "sunny.json")]
+    return [*arguments, *TINY]
 
 
 def test_cross_sensor_writes_its_table_and_picture(sunny, tmp_path):

@@ -1,5 +1,7 @@
 """earth.propagator on dynamics that are known: the optimal error, direct normal equations, interpolation in lead."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def fitted():
     target = np.where(present, target, np.nan)
     folds, validation = np.arange(len(time)) // 500 % 2, np.zeros(len(time), bool)
     validation[4000:] = True
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         leads=LEADS, channels=[1], slots=[0], folds=folds, validation=validation, fold_count=2, progress=False,
         penalties=(1.0, 100.0), length_km=50.0, season=False, block_neighbours=1,
     )  # fmt: skip
@@ -164,7 +166,7 @@ def test_a_fold_is_not_in_its_own_fit():
     history, time, target = samples(x, (1.0,))
     folds = (np.arange(len(time)) // 100 % 2).astype(np.int32)
     validation = np.arange(len(time)) > 800
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         leads=(1.0,), channels=[1], slots=[0], folds=folds, validation=validation, fold_count=2, progress=False,
         penalties=(10.0,), shared_penalties=(10.0,), clock=False, season=False,
     )  # fmt: skip
@@ -190,7 +192,7 @@ def test_the_hour_and_the_season_may_change_what_an_anomaly_means(block):
     solar = 2 * np.pi * (hours[:, None] / 24 + PLACES[None, :, 1] / 360)
     phase = solar if block == "clock" else 2 * np.pi * (hours[:, None] / 24 + 1) / 365.25
     target = (history[:, :, 0, 0] * np.cos(phase))[None, :, :, None] + 0.1 * rng.normal(size=(1, n, M, 1))
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         leads=(1.0,), channels=[0], slots=[0], folds=np.arange(n) // 100 % 2, validation=np.arange(n) > 2000,
         fold_count=2, progress=False, penalties=(1.0,),
     )  # fmt: skip
@@ -198,7 +200,7 @@ def test_the_hour_and_the_season_may_change_what_an_anomaly_means(block):
     assert chosen["validation"][0, 0] < 0.2
     error = forecast(prop, history, time, 1.0) - target[0]
     assert np.sqrt((error**2).mean()) < 0.2
-    without = {"clock": False, "season": False}
+    without: dict[str, Any] = {"clock": False, "season": False}
     _, chosen = propagator.fit_propagator(
         ANCHORS, history, time, target, np.ones(target.shape, bool), **arguments, **without
     )
@@ -234,7 +236,7 @@ def test_what_one_anchor_taught_serves_another():
     history, time, target = samples(x, (1.0,))
     present = np.ones(target.shape, bool)
     present[:, 20:, 2] = False
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         leads=(1.0,), channels=[1], slots=[0], folds=np.arange(len(time)) // 100 % 2,
         validation=np.arange(len(time)) > 1300, fold_count=2, progress=False, season=False, clock=False,
     )  # fmt: skip
@@ -247,7 +249,7 @@ def test_what_one_anchor_taught_serves_another():
 def test_a_short_record_may_leave_folds_and_validation_empty():
     x = simulate(260, 6)
     history, time, target = samples(x, (1.0,))
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         leads=(1.0,), channels=[1], slots=[0], folds=np.arange(len(time)) // 200, fold_count=4, progress=False,
         validation=np.zeros(len(time), bool), season=False,
     )  # fmt: skip
