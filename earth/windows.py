@@ -478,11 +478,12 @@ def dataset(
 
 def contiguous_folds(times: np.ndarray, count: int, *, block_days: float = 20.0) -> np.ndarray:
     """Cross-fitting fold [n] of each time: blocks of `block_days` days dealt in turn, so that neighbours in time share
-    a fold; shorter blocks where the record has too few for every fold to get one.
+    a fold; shorter blocks where the record has too few for every fold to get one. Blocks without a time are not dealt.
     """
     since = np.asarray(times, np.int64) - np.min(times)
     block = since // min(int(block_days * 86400), int(since.max()) // count + 1)
-    return (block % count).astype(np.int32)
+    _, dealt = np.unique(block, return_inverse=True)
+    return (dealt % count).astype(np.int32)
 
 
 def training_times(

@@ -332,9 +332,9 @@ class Checkpoints:
 
     def _others(self, step: int) -> str:
         others = [other for other in self.steps() if other != step]
-        return (
-            f"remove that folder to go on from step {others[-1]}" if others else "there is no other step to go back to"
-        )
+        if others:
+            return f"remove that folder to go on from step {others[-1]}"
+        return "there is no other step to go back to: remove the folder and make it anew"
 
     def _orbax(self, step: int, **items: Any) -> Any:
         """Orbax's restore, with whatever a damaged file makes it raise turned into one error."""

@@ -347,6 +347,13 @@ def test_folds_are_blocks():
     np.testing.assert_array_equal(changes + 1, np.array([20, 40, 60, 80]) * 24)
 
 
+@pytest.mark.parametrize("days", [[(0, 31), (181, 212)], [(0, 23)], [(0, 3)]])
+def test_every_fold_gets_a_block_of_a_short_or_broken_record(days):
+    times = np.concatenate([np.arange(a * 24, b * 24) for a, b in days]).astype(np.int32) * 3600
+    counts = np.bincount(contiguous_folds(times, 4), minlength=4)
+    assert counts.min() > 0.1 * len(times)
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, 3.0]), st.booleans(), st.integers(0, 3), st.integers(0, 2))
 def test_training_times_touch_no_protocol_hour(seed, cadence, bounded, cycles, rollout):
