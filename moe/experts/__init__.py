@@ -1,0 +1,22 @@
+"""Experts: dispatch by sorting, the gated MLPs, and paths to compare with.
+
+layer = init(key, expert_specs(experts=64, width=512, hidden=256))
+y = experts(layer, x, routing.index, routing.weights)             # [T, D]
+"""
+
+from moe.experts.capacity import capacity_experts
+from moe.experts.dense import dense_experts
+from moe.experts.dispatch import Dispatch, combine, dispatch, gather_rows
+from moe.experts.mlp import ExpertParams, expert_specs, experts
+
+__all__ = [
+    "Dispatch",
+    "ExpertParams",
+    "capacity_experts",
+    "combine",
+    "dense_experts",
+    "dispatch",
+    "expert_specs",
+    "experts",
+    "gather_rows",
+]

@@ -1,0 +1,96 @@
+"""A sparse mixture-of-experts layer: router, routed experts, parameter-free slots, shared experts."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moe.experts import ExpertParams, expert_specs
+from moe.experts import experts as dropless
+from moe.layers.mlp import MLPParams, mlp, mlp_specs
+from moe.params import Normal, Param, ParamSpec, zeros
+from moe.routing import Routing, RoutingConfig, free_output, route
+from moe.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """One MoE layer.
+
+    Attributes:
+        routing: who is chosen and how it is weighted.
+        hidden: F, width of an expert.
+        shared: width of the expert that sees every token (all shared experts side by side); 0 for none.
+        activation: of experts.
+    """
+
+    routing: RoutingConfig
+    hidden: int
+    shared: int = 0
+    activation: str = "silu"
+
+    def __post_init__(self):
+        if self.hidden < 1 or self.shared < 0:
+            raise ValueError(f"expert width {self.hidden} must be positive, shared width {self.shared} not negative")
+
+
+@struct.dataclass
+class MoEParams:
+    """Parameters of an MoE layer. The router stays in float32 whatever the policy (keep "router")."""
+
+    router: Param  # [D, E + Z]
+    experts: ExpertParams
+    router_bias: Param = None  # [E + Z], selection only, no gradient
+    shared: MLPParams | None = None
+    constants: Param = None  # [C, D], of "constant" slots
+
+
+def moe_specs(cfg: MoEConfig, width: int) -> MoEParams:
+    """Parameters of an MoE layer over `width` (D)."""
+    routing = cfg.routing
+    constants = sum(number for kind, number in routing.free if kind == "constant")
+    return MoEParams(
+        router=ParamSpec((width, routing.slots), ("embed", None), Normal(0.02)),
+        experts=expert_specs(routing.experts, width, cfg.hidden),
+        router_bias=ParamSpec((routing.slots,), (None,), zeros) if routing.selection_bias else None,
+        shared=mlp_specs(width, cfg.shared) if cfg.shared else None,
+        constants=ParamSpec((constants, width), (None, "embed"), zeros) if constants else None,
+    )
+
+
+def _experts(params: ExpertParams, x: jax.Array, index: jax.Array, weights: jax.Array, *, activation: str) -> jax.Array:
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, index, weights))
+    return dropless(params, *flat, activation=activation).reshape(x.shape)
+
+
+def moe(
+    params: MoEParams,
+    x: Float[Array, "B S D"],
+    *,
+    cfg: MoEConfig,
+    rng: Key[Array, ""] | None = None,
+    replay: Int[Array, "B S K"] | None = None,
+    valid: Bool[Array, "B S"] | None = None,
+    experts: Callable[..., Any] | None = None,
+) -> tuple[Float[Array, "B S D"], Routing]:
+    """The layer's output and where every token went.
+
+    Args:
+        rng: for the router's jitter.
+        replay: recorded `Routing.index` to follow instead of choosing.
+        valid: False marks padding, which uses no expert.
+        experts: another expert computation of the signature of `moe.experts.expert_layer`, for comparison.
+    """
+    logits = jnp.matmul(x.astype(jnp.float32), params.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = constrain(logits, "batch", "seq", None)
+    routing = route(logits, cfg.routing, bias=params.router_bias, rng=rng, replay=replay, valid=valid)
+    out = (experts or _experts)(params.experts, x, routing.index, routing.weights, activation=cfg.activation)
+    if any(kind != "zero" for kind, _ in cfg.routing.free):
+        out = out + free_output(routing, x, cfg.routing, params.constants)
+    if params.shared is not None:
+        out = out + mlp(params.shared, x, activation=cfg.activation)
+    return constrain(out, "batch", "seq", "embed"), routing

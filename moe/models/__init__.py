@@ -1,0 +1,1 @@
+"""Whole models: the decoder, its decoding engine, checkpoints and tokenizers."""
