@@ -4,10 +4,10 @@
 
 reads a table of station reports (one row per station and time: time, station, lat, lon, elev, one column per variable),
 fits climatology, persistence, anomaly persistence, AR ridge and VAR ridge under the protocol, nowcasts the held-out
-stations by interpolation, and prints RMSE, the documented value and their ratio. `--boosting` adds pooled gradient
-boosting (minutes), `--cross-sensor` the models of radiation and UV index from the other sensors. OUT receives
-scores.csv and skill.png. Another table and protocol work as well: scores without a documented value are then printed
-alone.
+stations by interpolation, and prints RMSE, the documented value and their ratio. `--boosting 0 1 2 3 4` adds pooled
+gradient boosting, averaged over five draws of its training rows (a quarter of an hour), `--cross-sensor` the models of
+radiation and UV index from the other sensors. OUT receives scores.csv and skill.png. Another table and protocol work as
+well: scores without a documented value are then printed alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from earth.baselines import (
     fit_cross_sensor,
     interpolate_panel,
 )
+from earth.baselines.boosting import BoostingConfig
 from earth.protocol import Protocol
 from earth.readers.stations import read_stations
 
@@ -106,6 +107,23 @@ def beside(table: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
+def boosting(
+    panel: Panel, protocol: Protocol, leads: list[float], seeds: list[int], columns: dict[str, Any]
+) -> pd.DataFrame:
+    """Scores of pooled boosting, their mean over the seeds; prints how single cells move with the rows drawn."""
+    tables = []
+    for seed in seeds:
+        options = {"boosting": {"config": BoostingConfig(seed=seed)}}
+        boosted = fit_baselines(panel, protocol, models=("boosting",), leads=leads, options=options, progress=True)
+        table = verify.score(boosted.forecast("boosting"), panel.to_grid(), protocol, model="boosting", columns=columns)
+        tables.append(table)
+    if len(seeds) > 1:
+        each = pd.concat(tables, keys=seeds, names=["seed"]).reset_index("seed")
+        cells = each.groupby(["variable", "lead_hours"])["rmse"].agg(["mean", "std", "min", "max"])
+        print(f"\nboosting, RMSE over {len(seeds)} draws of the training rows\n{cells.round(3).to_string()}")
+    return tables[0].assign(rmse=np.mean([table["rmse"].to_numpy() for table in tables], 0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--observations", required=True, help="table of station reports (parquet, CSV, ...)")
@@ -113,8 +131,10 @@ def main() -> None:
     parser.add_argument("--out", default="baselines", help="folder for scores.csv and skill.png")
     parser.add_argument("--leads", type=float, nargs="+", help="hours; default: the protocol's")
     parser.add_argument(
-        "--boosting", action="store_true", help="add pooled gradient boosting at leads from 6 h (minutes)"
-    )
+        "--boosting", type=int, nargs="*", metavar="SEED",
+        help="add pooled gradient boosting at leads from 6 h (minutes a seed; default 0); the scores of several seeds, "
+        "which draw other training rows, are averaged",
+    )  # fmt: skip
     parser.add_argument("--cross-sensor", action="store_true", help="add radiation and UV index from the other sensors")
     arguments = parser.parse_args()
 
@@ -143,12 +163,10 @@ def main() -> None:
         there = panel.select(stations=held_out)
         carried = baselines.forecast_at("var", there)
         tables.append(verify.score(carried, observed, protocol, model="var + lapse_idw", columns=stations.columns))
-    if arguments.boosting:
-        boosted = fit_baselines(
-            panel, protocol, models=("boosting",), leads=[h for h in leads if h >= 6], progress=True
+    if arguments.boosting is not None:
+        tables.append(
+            boosting(panel, protocol, [h for h in leads if h >= 6], arguments.boosting or [0], stations.columns)
         )
-        forecast = boosted.forecast("boosting")
-        tables.append(verify.score(forecast, observed, protocol, model="boosting", columns=stations.columns))
     scores = pd.concat(tables, ignore_index=True)
 
     pd.set_option("display.width", 160, "display.max_rows", 500)
