@@ -6,7 +6,7 @@ OUT ?= out/demo
 # Test processes side by side: most of a test's time is tracing and compiling, which use one core each.
 WORKERS ?= 2
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench bench-moe lint clean
 
 demo: $(VENV)/.osse
 	$(BIN)/python examples/demo.py --out $(OUT)
@@ -20,6 +20,11 @@ test-all: $(VENV)/.parity
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.bench
+
+# The expert layer on CPU beside its limit and beside transformers (extra `parity`), and, with extra `tpu`, the compiler's
+# schedules of the TPU kernels.
+bench-moe: $(VENV)/.test
+	$(BIN)/python -m tests.bench_moe
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

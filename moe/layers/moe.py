@@ -1,6 +1,7 @@
 """A sparse mixture-of-experts layer: router, routed experts, parameter-free slots, shared experts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe.experts import ExpertParams, expert_specs
-from moe.experts import experts as dropless
+from moe.experts import ExpertParams, expert_layer, expert_specs
 from moe.layers.mlp import MLPParams, mlp, mlp_specs
 from moe.params import Normal, Param, ParamSpec, zeros
 from moe.routing import Routing, RoutingConfig, free_output, route
@@ -62,11 +62,6 @@ def moe_specs(cfg: MoEConfig, width: int) -> MoEParams:
     )
 
 
-def _experts(params: ExpertParams, x: jax.Array, index: jax.Array, weights: jax.Array, *, activation: str) -> jax.Array:
-    flat = (a.reshape(-1, a.shape[-1]) for a in (x, index, weights))
-    return dropless(params, *flat, activation=activation).reshape(x.shape)
-
-
 def moe(
     params: MoEParams,
     x: Float[Array, "B S D"],
@@ -88,7 +83,10 @@ def moe(
     logits = jnp.matmul(x.astype(jnp.float32), params.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     logits = constrain(logits, "batch", "seq", None)
     routing = route(logits, cfg.routing, bias=params.router_bias, rng=rng, replay=replay, valid=valid)
-    out = (experts or _experts)(params.experts, x, routing.index, routing.weights, activation=cfg.activation)
+    if experts is None:
+        grouped = cfg.routing.selection == "per_group"
+        experts = functools.partial(expert_layer, n_group=cfg.routing.n_group if grouped else 1)
+    out = experts(params.experts, x, routing.index, routing.weights, activation=cfg.activation)
     if any(kind != "zero" for kind, _ in cfg.routing.free):
         out = out + free_output(routing, x, cfg.routing, params.constants)
     if params.shared is not None:
