@@ -270,7 +270,7 @@ def _select(choice: jax.Array, cfg: RoutingConfig) -> jax.Array:
     rank = grouped.max(-1) if cfg.group_score == "max" else lax.top_k(grouped, 2)[0].sum(-1)
     best = lax.top_k(rank, cfg.topk_group)[1]
     kept = (best[..., None] == jnp.arange(cfg.n_group)).any(-2)
-    # -inf as in DeepSeek's own code; transformers fills with 0, which lets negative biased scores lose to masked ones.
+    # -inf, as in DeepSeek's own code and transformers 5.24; older ones fill with 0, which beats negative biased scores.
     return lax.top_k(jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape), cfg.top_k)[1]
 
 

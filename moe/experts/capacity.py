@@ -4,7 +4,6 @@ every expert up to it. For comparison only.
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

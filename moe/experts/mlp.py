@@ -35,7 +35,7 @@ def expert_specs(experts: int, width: int, hidden: int) -> ExpertParams:
 
 
 def _composed_forward(gate_up, down, x, weights, plan, activation, keep, implementation):
-    """The layer of grouped matmuls. Returns (output [T, D], gate and up [M, 2, F] if `keep`)."""
+    """The layer of grouped matmuls. Returns (output [T, D], gate beside up [M, 2F] if `keep`)."""
     top_k = weights.shape[1]
     rows = jnp.take(x, plan.order // top_k, axis=0, mode="clip")
     if keep:
@@ -46,7 +46,7 @@ def _composed_forward(gate_up, down, x, weights, plan, activation, keep, impleme
         pre = None
         hidden = kernels.gated(rows, gate_up, plan.sizes, activation=activation, implementation=implementation)
     y = kernels.gmm(hidden, down[:, None], plan.sizes, implementation=implementation)[:, 0]
-    return combine_rows(y, weights, plan, top_k), pre
+    return combine_rows(y, weights, plan, top_k), None if pre is None else pre.reshape(len(pre), -1)
 
 
 def _composed_backward(gate_up, down, x, weights, plan, pre, grad, activation, implementation):
@@ -60,6 +60,7 @@ def _composed_backward(gate_up, down, x, weights, plan, pre, grad, activation, i
     rows, grad_rows = jnp.take(x, token, axis=0, mode="clip"), jnp.take(grad, token, axis=0, mode="clip")
     if pre is None:
         pre = kernels.gmm(rows, gate_up, plan.sizes, implementation=implementation)
+    pre = pre.reshape(len(pre), 2, -1)
     u = kernels.gmm_t(grad_rows[:, None], down[:, None], plan.sizes, implementation=implementation)
     weight = jnp.take(weights.reshape(-1), plan.order)[:, None]
     hidden, d_pre = kernels.activation_vjp(pre, u.astype(jnp.float32) * weight, activation, x.dtype)
@@ -71,26 +72,22 @@ def _composed_backward(gate_up, down, x, weights, plan, pre, grad, activation, i
     d_down = kernels.tgmm(weighted, grad_rows[:, None], plan.sizes, dtype=down.dtype, implementation=implementation)
     d_gate_up = kernels.tgmm(rows, d_pre, plan.sizes, dtype=gate_up.dtype, implementation=implementation)
     d_rows = kernels.gmm_t(d_pre, gate_up, plan.sizes, implementation=implementation)
-    return d_gate_up, d_down[:, 0], combine_rows(d_rows, None, plan, top_k), d_weights.astype(weights.dtype)
-
-
-def _padded(plan: Dispatch, rows: int) -> Dispatch:
-    return plan.replace(order=jnp.pad(plan.order, (0, rows)))
+    return d_gate_up, d_down[:, 0], combine_rows(d_rows, None, plan, top_k), d_weights
 
 
 def _forward(gate_up, down, x, weights, plan, activation, keep, implementation):
-    # What is kept has fused.block_rows spare rows at the end, so that the fused loop may run over; both paths agree.
-    spare = fused.block_rows(plan.order.size, gate_up.shape[0]) if keep else 0
-
     def composed(name):
-        return lambda *args: _composed_forward(
-            *args[:4], _padded(args[4], spare), activation=activation, keep=keep, implementation=name
-        )
+        return functools.partial(_composed_forward, activation=activation, keep=keep, implementation=name)
+
+    def loop(*operands):
+        # The fused loop never keeps: zeros that no backward reads are removed by XLA.
+        pre = jnp.zeros((plan.order.size, 2 * gate_up.shape[-1]), x.dtype) if keep else None
+        pre = jax.tree.map(lambda a: kernels.align_varying(a, *jax.tree.leaves(operands))[0], pre)
+        return fused.forward(*operands, activation=activation), pre
 
     operands = (gate_up, down, x, weights, plan)
     if implementation is not None:
         return composed(implementation)(*operands)
-    loop = functools.partial(fused.forward, activation=activation, keep=keep)
     return kernels.by_platform(composed, default=loop)(*operands)
 
 
@@ -105,21 +102,16 @@ def _experts_forward(gate_up, down, x, weights, plan, activation, recompute, imp
 
 
 def _experts_backward(activation, recompute, implementation, saved, grad):
-    gate_up, down, x, weights, plan, pre = saved
-    spare = 0 if pre is None else len(pre) - plan.order.size
-
     def composed(name):
-        return lambda *args: _composed_backward(
-            *args[:4], _padded(args[4], spare), *args[5:], activation=activation, implementation=name
-        )
+        return functools.partial(_composed_backward, activation=activation, implementation=name)
 
-    operands = (gate_up, down, x, weights, plan, pre, grad)
+    def loop(gate_up, down, x, weights, plan, pre, grad):
+        return fused.backward(gate_up, down, x, weights, plan, grad, activation=activation)
+
+    operands = (*saved, grad)
     if implementation is not None:
-        grads = composed(implementation)(*operands)
-    else:
-        loop = functools.partial(fused.backward, activation=activation)
-        grads = kernels.by_platform(composed, default=loop)(*operands)
-    return (*grads, None)
+        return (*composed(implementation)(*operands), None)
+    return (*kernels.by_platform(composed, default=loop)(*operands), None)
 
 
 _experts.defvjp(_experts_forward, _experts_backward)
@@ -132,7 +124,7 @@ def check_experts(params: ExpertParams, x: jax.Array, index: jax.Array, weights:
         raise ValueError(
             f"gate_up {gate_up.shape} and down {down.shape} must be [E, 2, D, F] and [E, F, D]; see expert_specs"
         )
-    experts, _, width, _ = gate_up.shape
+    width = gate_up.shape[2]
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"x of shape {x.shape} must be [T, D = {width}]; flatten batch and sequence into T")
     if index.ndim != 2 or index.shape != weights.shape or len(index) != len(x):
@@ -171,7 +163,8 @@ def experts(
         index: as `moe.routing.Routing.index`; the experts of a token should be distinct.
         weights: float32; `Routing.weights`.
         activation: "silu" or "gelu_tanh".
-        recompute: the backward computes gate and up again, one more third of the forward; False keeps [T * K, 2, F].
+        recompute: the backward computes gate and up again, two more products to nine; False keeps [T * K, 2 F] where
+            grouped matmuls run. The fused loop always recomputes: keeping was slower (407 ms to 317).
         implementation: None takes a fused loop where lowered for CPU (and where there is no kernel), the grouped matmul
             of the platform on TPU and CUDA. A name of `moe.kernels.grouped_matmul.IMPLEMENTATIONS` forces that grouped
             matmul.

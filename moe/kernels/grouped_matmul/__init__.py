@@ -68,9 +68,17 @@ def implementation_module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _call(product: str, implementation: str | None, *args: jax.Array, **options) -> jax.Array:
+@functools.cache
+def _traced_once(product: str, implementation: str, **options: Any) -> Callable[..., jax.Array]:
+    """A product as an inlined jit: the branches for other platforms are traced too, and a kernel's trace takes up to a
+    second; this way once per shape, not once per call.
+    """
+    return jax.jit(functools.partial(getattr(implementation_module(implementation), product), **options), inline=True)
+
+
+def _call(product: str, implementation: str | None, *args: jax.Array, **options: Any) -> jax.Array:
     def run(name: str) -> Callable[..., jax.Array]:
-        return lambda *operands: getattr(implementation_module(name), product)(*operands, **options)
+        return _traced_once(product, name, **options)
 
     if implementation is not None:
         return run(implementation)(*args)
@@ -82,14 +90,7 @@ def by_platform(branch: Callable[[str], Callable[..., Any]], default: Callable[.
     branch("blocked") where there is no kernel.
     """
     default = branch("blocked") if default is None else default
-    kernels = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
-    import importlib.util as u  # TODO drop once both exist
-
-    kernels = {
-        p: branch(n)
-        for p, n in kernels.items()
-        if u.find_spec(f"{__name__}.{n}") and hasattr(implementation_module(n), "tgmm")
-    }
+    kernels = {"tpu": branch("pallas_tpu"), "cuda": branch("pallas_gpu")}
     return lambda *args: lax.platform_dependent(*args, **kernels, default=default)
 
 
