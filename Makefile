@@ -25,6 +25,8 @@ bench: $(VENV)/.test
 # schedules of the TPU kernels.
 bench-moe: $(VENV)/.test
 	$(BIN)/python -m tests.bench_moe
+	$(BIN)/python -m tests.bench_decode
+	$(BIN)/python -m tests.benchmarks.tpu_schedule
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

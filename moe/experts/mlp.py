@@ -1,6 +1,7 @@
 """The expert layer: gated MLPs, each token through K of them."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,8 @@ def _forward(gate_up, down, x, weights, plan, activation, keep, implementation):
         return fused.forward(*operands, activation=activation), pre
 
     operands = (gate_up, down, x, weights, plan)
+    if implementation == "fused":
+        return loop(*operands)
     if implementation is not None:
         return composed(implementation)(*operands)
     return kernels.by_platform(composed, default=loop)(*operands)
@@ -102,13 +105,15 @@ def _experts_forward(gate_up, down, x, weights, plan, activation, recompute, imp
 
 
 def _experts_backward(activation, recompute, implementation, saved, grad):
-    def composed(name):
+    def composed(name) -> Callable[..., tuple]:
         return functools.partial(_composed_backward, activation=activation, implementation=name)
 
     def loop(gate_up, down, x, weights, plan, pre, grad):
         return fused.backward(gate_up, down, x, weights, plan, grad, activation=activation)
 
     operands = (*saved, grad)
+    if implementation == "fused":
+        return (*loop(*operands), None)
     if implementation is not None:
         return (*composed(implementation)(*operands), None)
     return (*kernels.by_platform(composed, default=loop)(*operands), None)
@@ -166,15 +171,16 @@ def experts(
         recompute: the backward computes gate and up again, two more products to nine; False keeps [T * K, 2 F] where
             grouped matmuls run. The fused loop always recomputes: keeping was slower (407 ms to 317).
         implementation: None takes a fused loop where lowered for CPU (and where there is no kernel), the grouped matmul
-            of the platform on TPU and CUDA. A name of `moe.kernels.grouped_matmul.IMPLEMENTATIONS` forces that grouped
-            matmul.
+            of the platform on TPU and CUDA. "fused" forces the loop (and spares the tracing of kernels), a name of
+            `moe.kernels.grouped_matmul.IMPLEMENTATIONS` that grouped matmul.
 
     Raises:
         ValueError: operands that do not fit together, an unknown activation or implementation.
     """
     check_experts(params, x, index, weights)
     kernels.check_activation(activation)
-    kernels.check_implementation(implementation)
+    if implementation != "fused":
+        kernels.check_implementation(implementation)
     plan = dispatch(index, params.gate_up.shape[0])
     gate_up, down, x, weights, *plan_arrays = kernels.align_varying(
         params.gate_up, params.down, x, weights, plan.order, plan.inverse, plan.sizes

@@ -26,7 +26,8 @@ from moe.routing import RoutingConfig, route
 from moe.sharding import FSDP_EP, make_mesh
 
 E, D, F, T, K = 8, 24, 16, 60, 3
-PATHS = {"fused": None, "reference": "reference", "blocked": "blocked"}
+PATHS = ("fused", "reference", "blocked")
+DEFAULT = None  # what users get: the fused loop here, but every kernel is traced too, seconds a shape
 
 
 def layer(seed=0, dtype="float32", sizes=(E, D, F)):
@@ -50,8 +51,12 @@ def routings():
     yield "one_token_without_expert", np.full((1, K), E)
     yield "outside_on_both_sides", np.where(some == 3, -1, some)
     yield "one_slot", distinct(rng, T, 1, E)
-    yield "many_blocks", np.stack([np.full(900, 2), rng.integers(3, E, 900)], 1)
+    yield "decoding", distinct(rng, 6, K, E + 1)
+    yield "decoding_one_expert_full", np.stack([np.full(9, 2), rng.integers(3, E, 9), rng.integers(E, E + 4, 9)], 1)
+    yield "several_visits", np.stack([np.full(200, 2), rng.integers(3, E, 200)], 1)
 
+
+loop = functools.partial(experts, implementation="fused")
 
 ROUTINGS = {name: jnp.asarray(index, jnp.int32) for name, index in routings()}
 each_routing = pytest.mark.parametrize("name", ROUTINGS)
@@ -71,13 +76,23 @@ def objective(function):
 
 @functools.cache
 def compiled(path, recompute=True, activation="silu"):
+    """(forward, gradients), each compiled once per shape."""
     if path == "dense":
         function = functools.partial(dense_experts, activation=activation)
     else:
         function = functools.partial(
-            experts, implementation=PATHS[path], recompute=recompute, activation=activation
+            experts, implementation=path, recompute=recompute, activation=activation
         )  # fmt: skip
     return jax.jit(function), jax.jit(jax.grad(objective(function), (0, 1, 2)))
+
+
+def test_default_is_the_fused_loop_on_a_cpu():
+    p = layer()
+    x, index, weights, grad = draw("half_without_expert")
+    for got, wanted in zip(compiled(DEFAULT), compiled("fused"), strict=True):
+        args = (p, x, weights, index, grad) if got is compiled(DEFAULT)[1] else (p, x, index, weights)
+        for a, b in zip(*map(jax.tree.leaves, (got(*args), wanted(*args))), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def close(got, wanted, atol):
@@ -87,9 +102,20 @@ def close(got, wanted, atol):
         np.testing.assert_allclose(np.asarray(g, np.float32), np.asarray(w, np.float32), rtol=0, atol=atol * scale)
 
 
-@each_routing
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("path", PATHS)
+def oracle_cases():
+    """Every path on every routing; without recomputing (the fused loop always recomputes) on three. The paths of
+    grouped matmuls, whose products have tests of their own, on half of the routings under `slow`.
+    """
+    for path in PATHS:
+        for number, name in enumerate(ROUTINGS):
+            marks = () if path == "fused" or number % 2 else (pytest.mark.slow,)
+            yield pytest.param(path, name, True, marks=marks)
+    for name in ("half_without_expert", "one_token_without_expert"):
+        yield pytest.param("blocked", name, False)
+    yield pytest.param("fused", "plain", False)
+
+
+@pytest.mark.parametrize(("path", "name", "recompute"), list(oracle_cases()))
 def test_against_the_dense_oracle(path, name, recompute):
     p = layer()
     x, index, weights, grad = draw(name)
@@ -113,8 +139,7 @@ def test_gelu(path):
     close(got[1](p, x, weights, index, grad), wanted[1](p, x, weights, index, grad), 1e-5)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "recompute"), [("fused", True), ("blocked", True), ("blocked", False)])
 def test_bfloat16(path, recompute):
     """Against the oracle on the same rounded operands; sums are float32, so the error is that of a few roundings."""
     p = layer(dtype="bfloat16")
@@ -129,13 +154,12 @@ def test_bfloat16(path, recompute):
     close(got, dense_backward(p, x, weights, index, grad), 0.015)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_gradient_against_finite_differences(recompute):
+def test_gradient_against_finite_differences():
     p = layer()
     x, index, weights, grad = draw("two_experts_empty")
     rng = np.random.default_rng(1)
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), (p, x, weights))
-    gradient = compiled("fused", recompute)[1](p, x, weights, index, grad)
+    gradient = compiled("fused")[1](p, x, weights, index, grad)
     analytic = sum(float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
     # The oracle in float64: steps small enough for six digits.
     with jax.enable_x64(True):
@@ -174,7 +198,7 @@ def test_gradient_of_gradient_checkpointing_and_scan():
     x, index, weights, _ = draw("half_without_expert")
 
     def scanned(p, x):
-        body = jax.checkpoint(lambda x, one: (x + experts(one, x, index, weights), None))
+        body = jax.checkpoint(lambda x, one: (x + loop(one, x, index, weights), None))
         return (jax.lax.scan(body, x, p)[0] ** 2).sum()
 
     def unrolled(p, x):
@@ -190,7 +214,7 @@ def test_vmap():
     p = layer()
     x, index, weights, _ = draw("half_without_expert")
     fold = lambda a: a.reshape(4, T // 4, *a.shape[1:])  # noqa: E731
-    got = jax.jit(jax.vmap(experts, (None, 0, 0, 0)))(p, fold(x), fold(index), fold(weights))
+    got = jax.jit(jax.vmap(loop, (None, 0, 0, 0)))(p, fold(x), fold(index), fold(weights))
     close(got.reshape(T, D), dense_experts(p, x, index, weights), 3e-6)
 
 
@@ -200,7 +224,7 @@ def test_sharded_equals_unsharded():
     p = layer()
     x, index, weights, grad = draw("half_without_expert")
     rows = P("data")
-    sharded = jax.shard_map(experts, mesh=mesh, in_specs=(P(), rows, rows, rows), out_specs=rows)
+    sharded = jax.shard_map(loop, mesh=mesh, in_specs=(P(), rows, rows, rows), out_specs=rows)
     got = jax.jit(jax.grad(objective(sharded), (0, 1, 2)))(p, x, weights, index, grad)
     close(got, compiled("dense")[1](p, x, weights, index, grad), 1e-5)
 
@@ -219,7 +243,7 @@ def test_whole_layer_from_the_router():
 
         return jax.jit(jax.grad(run, (0, 1, 2)))
 
-    close(value(experts)(router, p, x), value(dense_experts)(router, p, x), 2e-5)
+    close(value(loop)(router, p, x), value(dense_experts)(router, p, x), 2e-5)
 
 
 def test_capacity_is_exact_where_nothing_overflows_and_drops_beyond():

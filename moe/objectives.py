@@ -1,0 +1,199 @@
+"""Training a sparse language model: next-token cross-entropy, router losses, balance by bias.
+
+    loss_fn = functools.partial(language_model_loss, cfg=cfg, loss=LossConfig())
+    step = moe.training.make_train_step(lambda p, batch, rng: loss_fn(p, batch, rng=rng), optimizer)
+
+`batch` is what `moe.data` makes. Everything is handed over as moe.training.Mean: exact under gradient accumulation.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+from moe import routing as routers
+from moe.layers.moe import MoEParams
+from moe.models.transformer import ShortcutParams, TransformerConfig, TransformerParams, apply, logits
+from moe.params import Param, path_name
+from moe.training import Mean
+
+
+@struct.dataclass
+class TokenLoss:
+    """Of every position [*b, S], float32, before any mask.
+
+    Attributes:
+        nll: minus the log-probability of the target, in nats.
+        log_z: logsumexp of the logits.
+        correct: whether the likeliest token is the target.
+    """
+
+    nll: Param
+    log_z: Param
+    correct: Param
+
+
+def token_loss(
+    params: TransformerParams, hidden: Float[Array, "B S D"], targets: Int[Array, "B S"], *, chunk: int | None = 256
+) -> TokenLoss:
+    """Cross-entropy of the targets, from float32 logits of which only [B, chunk, V] exist at a time.
+
+    The backward computes each chunk's logits again (one more product with the head) instead of keeping them: at
+    V = 151,936 the float32 logits of 4,096 tokens are 2.5 GB.
+
+    Args:
+        hidden: `Output.hidden`.
+        chunk: positions side by side; a sequence that is no multiple is padded. None: all at once, kept.
+    """
+
+    def part(hidden: jax.Array, targets: jax.Array) -> TokenLoss:
+        z = logits(params, hidden)
+        log_z = jax.nn.logsumexp(z, -1)
+        chosen = jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
+        return TokenLoss(log_z - chosen, log_z, z.argmax(-1) == targets)
+
+    batch, length = targets.shape
+    if chunk is None or chunk >= length:
+        return part(hidden, targets)
+    if chunk < 1:
+        raise ValueError(f"chunk {chunk} must be at least 1; None takes the whole sequence at once")
+    count = -(-length // chunk)
+    spare = count * chunk - length
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, spare)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+
+    _, out = jax.lax.scan(lambda _, item: (None, jax.checkpoint(part)(*item)), None, (split(hidden), split(targets)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], out)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is added to the cross-entropy.
+
+    Attributes:
+        z: coefficient of logsumexp(logits)^2, which keeps the logits of the vocabulary near 0 (PaLM 2204.02311: 1e-4).
+        switch: coefficient of the load-balancing loss, mean over layers (2101.03961: 1e-2).
+        router_z: coefficient of the routers' z-loss, mean over layers (2202.08906: 1e-3).
+        chunk: see `token_loss`.
+        remat: recompute each layer in the backward pass.
+    """
+
+    z: float = 0.0
+    switch: float = 0.01
+    router_z: float = 1e-3
+    chunk: int | None = 256
+    remat: bool = False
+
+    def __post_init__(self):
+        for name in ("z", "switch", "router_z"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} {getattr(self, name)} must be finite and at least 0; 0 turns it off")
+
+
+def language_model_loss(
+    params: TransformerParams,
+    batch: Mapping[str, Any],
+    *,
+    cfg: TransformerConfig,
+    loss: LossConfig = LossConfig(),
+    rng: Key[Array, ""] | None = None,
+    sources: Sequence[str] = (),
+) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """(objective, metrics) for `moe.training.make_train_step`.
+
+    The objective: "nll" in nats per counted token, and, as configured, "z", "switch", "router_z". Where routers have a
+    selection bias it also holds "balance", whose value is 0 and whose gradient with respect to each bias is the excess
+    of the load: what `balance_by_bias` steps on.
+
+    Metrics: "accuracy", "nll/NAME" of each source, and of each mixture l "entropy/l" (nats), "max_violation/l",
+    "load/l/e" (share of the slots that expert e won).
+
+    Args:
+        batch: tokens, targets, segments, positions [B, S] int32, mask [B, S] bool, source [B] int32.
+        rng: for routers with jitter.
+        sources: names of the values of `source`.
+    """
+
+    def observe(routing: routers.Routing, cfg: routers.RoutingConfig) -> dict[str, Any]:
+        return {
+            "switch": routers.switch_loss(routing, cfg, coefficient=loss.switch),
+            "router_z": routers.z_loss(routing, coefficient=loss.router_z),
+            "counts": routers.counts(routing),
+            "statistics": routers.statistics(routing, cfg),
+        }
+
+    out = apply(
+        params, batch["tokens"], cfg=cfg, positions=batch["positions"], segments=batch["segments"],
+        valid=batch["segments"] > 0, rng=rng, observe=observe if cfg.mixtures else None, remat=loss.remat,
+    )  # fmt: skip
+    each = token_loss(params, out.hidden, batch["targets"], chunk=loss.chunk)
+    mask = batch["mask"]
+    objective = {"nll": Mean.of(each.nll, mask)}
+    metrics = {"accuracy": Mean.of(each.correct.astype(jnp.float32), mask)}
+    for number, name in enumerate(sources):
+        metrics[f"nll/{name}"] = Mean.of(jax.lax.stop_gradient(each.nll), mask & (batch["source"] == number)[:, None])
+    if loss.z:
+        objective["z"] = Mean.of(loss.z * each.log_z**2, mask)
+    if not cfg.mixtures:
+        return objective, metrics
+    seen = out.observed
+    for name in ("switch", "router_z"):
+        if getattr(loss, name):
+            objective[name] = jax.tree.map(jnp.sum, seen[name])
+    biases = selection_biases(params)
+    if biases is not None:
+        objective["balance"] = _balance(biases, seen["counts"], cfg)
+    for layer in range(cfg.mixtures):
+        for name in ("entropy", "max_violation"):
+            metrics[f"{name}/{layer}"] = jax.tree.map(lambda x, at=layer: x[at], seen["statistics"][name])
+        counts = seen["counts"][layer].astype(jnp.float32)
+        for e in range(counts.shape[0]):
+            metrics[f"load/{layer}/{e}"] = Mean(counts[e], counts.sum())
+    return objective, metrics
+
+
+def selection_biases(params: TransformerParams) -> Float[Array, "L E"] | None:
+    """The selection bias of every mixture, or None where routers have none."""
+    found = []
+    for run in params.runs:
+        mixture = run.moe if isinstance(run, ShortcutParams) else run.mlp
+        if isinstance(mixture, MoEParams) and mixture.router_bias is not None:
+            found.append(mixture.router_bias)
+    return jnp.concatenate(found) if found else None
+
+
+# Keeps the balance gradient, a number of tokens, out of the global norm that clips the others; its sign is all that
+# counts.
+_TINY = 1e-12
+
+
+def _balance(biases: jax.Array, counts: jax.Array, cfg: TransformerConfig) -> Mean:
+    assert cfg.moe is not None
+    real = cfg.moe.routing.experts
+    load = counts.astype(jnp.float32)
+    excess = jnp.where(jnp.arange(load.shape[1]) < real, load - load[:, :real].mean(-1, keepdims=True), 0)
+    value = (excess * (biases - jax.lax.stop_gradient(biases))).sum()
+    return Mean(_TINY * value, jnp.float32(1))
+
+
+def balance_by_bias(optimizer: optax.GradientTransformation, rate: float = 1e-3) -> optax.GradientTransformation:
+    """`optimizer` for all parameters but the routers' selection biases, which move by rate * sign(mean load - load).
+
+    That is `moe.routing.update_bias` (2408.15664; DeepSeek-V3's rate: 1e-3) as an optimiser: with the "balance" term of
+    `language_model_loss` as its gradient, loads are summed over micro-batches and devices like any gradient. Parameter-
+    free slots keep their bias.
+    """
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "bias" if path_name(path).endswith("router_bias") else "rest", params
+        )
+
+    return optax.partition({"bias": optax.sign_sgd(rate), "rest": optimizer}, labels)
