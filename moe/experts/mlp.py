@@ -108,7 +108,8 @@ def _experts_backward(activation, recompute, implementation, saved, grad):
     def composed(name) -> Callable[..., tuple]:
         return functools.partial(_composed_backward, activation=activation, implementation=name)
 
-    def loop(gate_up, down, x, weights, plan, pre, grad):
+    def loop(*operands) -> tuple:
+        gate_up, down, x, weights, plan, _, grad = operands
         return fused.backward(gate_up, down, x, weights, plan, grad, activation=activation)
 
     operands = (*saved, grad)
