@@ -1,6 +1,7 @@
 """moe.objectives against a loss written out in numpy float64, and its gradients against the unchunked ones."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,22 +44,39 @@ def packed(rows=4, length=24, seed=0):
     return {name: jnp.asarray(value) for name, value in batch.items()}, ids
 
 
+def losses(p, batch, cfg, **options):
+    """language_model_loss in one compiled call: op by op it takes a minute."""
+    return jax.jit(functools.partial(language_model_loss, cfg=cfg, **options))(p, batch)
+
+
 def by_hand(p, cfg, ids):
-    """Mean over counted tokens of -log softmax, document by document, in float64."""
+    """Mean over counted tokens of -log softmax, every document a sequence of its own, in float64."""
+    alone = np.zeros((len(ids), max(map(len, ids))), np.int32)  # what follows a document does not change it
+    for row, one in zip(alone, ids, strict=True):
+        row[: len(one)] = one
+    scores = np.asarray(jax.jit(functools.partial(forward, cfg=cfg))(p, jnp.asarray(alone)), np.float64)
     total = count = 0.0
-    for one in ids:
-        z = np.asarray(forward(p, jnp.asarray([one[:-1]], jnp.int32), cfg=cfg)[0], np.float64)
+    for z, one in zip(scores, ids, strict=True):
+        z = z[: len(one) - 1]
         log_p = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
         nll = -log_p[np.arange(len(one) - 1), one[1:]]
         total, count = total + nll.sum(), count + len(nll)
     return total / count, count
 
 
+def observed(p, batch, cfg, observe):
+    """`Output` of the batch with what `observe` saw, compiled."""
+    return jax.jit(
+        lambda p, b: apply(p, b["tokens"], cfg=cfg, positions=b["positions"], segments=b["segments"],
+                           valid=b["segments"] > 0, observe=observe)
+    )(p, batch)  # fmt: skip
+
+
 def test_packed_loss_is_the_mean_over_documents_seen_alone():
     cfg = model()
     p = weights(cfg)
     batch, ids = packed()
-    objective, metrics = language_model_loss(p, batch, cfg=cfg, loss=LossConfig(switch=0.0, router_z=0.0))
+    objective, metrics = losses(p, batch, cfg, loss=LossConfig(switch=0.0, router_z=0.0))
     want, count = by_hand(p, cfg, ids)
     assert objective.keys() == {"nll"}
     assert float(objective["nll"].weight) == count
@@ -115,8 +133,8 @@ def test_nothing_leaks_from_padding_or_masked_targets():
         "targets": jnp.where(batch["mask"], batch["targets"], 3),
     }
     for a, b in zip(
-        jax.tree.leaves(language_model_loss(p, batch, cfg=cfg)),
-        jax.tree.leaves(language_model_loss(p, rubbish, cfg=cfg)),
+        jax.tree.leaves(losses(p, batch, cfg)),
+        jax.tree.leaves(losses(p, rubbish, cfg)),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -126,10 +144,9 @@ def test_router_losses_are_means_over_layers_of_the_published_formulas():
     cfg = model()
     p = weights(cfg)
     batch, _ = packed()
-    objective, metrics = language_model_loss(p, batch, cfg=cfg, loss=LossConfig(z=0.5, switch=0.25, router_z=0.125))
+    objective, metrics = losses(p, batch, cfg, loss=LossConfig(z=0.5, switch=0.25, router_z=0.125))
     valid = np.asarray(batch["segments"] > 0)
-    out = apply(p, batch["tokens"], cfg=cfg, positions=batch["positions"], segments=batch["segments"],
-                valid=batch["segments"] > 0, observe=lambda r, c: r)  # fmt: skip
+    out = observed(p, batch, cfg, lambda r, c: r)
     switch, z = [], []
     for layer in range(2):
         logits = np.asarray(out.observed.logits[layer], np.float64)[valid]
@@ -154,7 +171,7 @@ def test_sources_split_the_loss():
     p = weights(cfg)
     batch, _ = packed()
     batch["source"] = jnp.arange(len(batch["tokens"])) % 2
-    objective, metrics = language_model_loss(p, batch, cfg=cfg, sources=("text", "tasks"))
+    objective, metrics = losses(p, batch, cfg, sources=("text", "tasks"))
     parts = [metrics["nll/text"], metrics["nll/tasks"]]
     assert all(float(part.weight) > 0 for part in parts)
     np.testing.assert_allclose(sum(part.total for part in parts), objective["nll"].total, rtol=1e-6)
@@ -180,8 +197,7 @@ def test_the_selection_bias_follows_the_rule_and_nothing_else(accumulate):
     optimizer = objectives.balance_by_bias(optax.adamw(1e-3), rate=0.01)
     before = weights(cfg)
     state, metrics = steps_of(cfg, batch, accumulate=accumulate, optimizer=optimizer)
-    out = apply(before, batch["tokens"], cfg=cfg, positions=batch["positions"], segments=batch["segments"],
-                valid=batch["segments"] > 0, observe=lambda r, c: routing.counts(r))  # fmt: skip
+    out = observed(before, batch, cfg, lambda r, c: routing.counts(r))
     old = objectives.selection_biases(before)
     new = objectives.selection_biases(state.params)
     assert old is not None
@@ -211,7 +227,7 @@ def test_dense_models_have_no_router_terms():
     cfg = dataclasses.replace(model(), family="qwen3", layers=("dense",) * 2, moe=None)
     p = weights(cfg)
     batch, ids = packed()
-    objective, metrics = language_model_loss(p, batch, cfg=cfg)
+    objective, metrics = losses(p, batch, cfg)
     np.testing.assert_allclose(objective["nll"].value(), by_hand(p, cfg, ids)[0], rtol=1e-5)
     assert objective.keys() == {"nll"}
     assert metrics.keys() == {"accuracy"}

@@ -76,7 +76,7 @@ def test_the_folder_holds_everything(finished):
     assert "solved: all" in printed
     rows = pd.DataFrame(curve(out)).dropna(subset=["loss"])
     assert len(rows) == cfg.steps
-    loads = rows[[f"load/1/{e}" for e in range(4)]].sum(1)
+    loads = rows[[f"load/1/{e}" for e in range(4)]].sum(axis=1)
     np.testing.assert_allclose(loads, 1, rtol=1e-5)
     loss = rows["nll/text"].to_numpy()
     assert loss[-5:].mean() < loss[:5].mean() - 0.3, "it learns"
