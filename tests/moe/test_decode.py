@@ -87,7 +87,9 @@ def _apply(params, tokens, replay, *, cfg):
     return apply(params, tokens, cfg=cfg, replay=replay)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "qwen3_moe" else pytest.mark.slow) for f in CONFIGS]
+)
 def test_logprobs_and_routing_are_those_of_the_training_forward(family):
     cfg, params = _model(family)
     sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=9, n=2, top_logprobs=3)

@@ -189,7 +189,7 @@ def steps_of(cfg, batch, *, accumulate, optimizer, count=1, clip=None):
     return state, metrics
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_selection_bias_follows_the_rule_and_nothing_else(accumulate):
     cfg = model(scoring="sigmoid", selection_bias=True)
     batch, _ = packed(rows=6)
@@ -212,6 +212,7 @@ def test_the_selection_bias_follows_the_rule_and_nothing_else(accumulate):
     np.testing.assert_allclose(state.params.embed, plain.params.embed, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_bias_evens_out_a_lopsided_router():
     cfg = model(scoring="sigmoid", selection_bias=True)
     batch, _ = packed()

@@ -269,6 +269,7 @@ def test_layer_is_what_it_says(scale, implementation):
     assert 0.02 < relative(got, experts(p, x, index, weights)) < 0.08
 
 
+@pytest.mark.slow
 def test_layer_in_bfloat16():
     p, x, index, weights = layer(jnp.bfloat16)
     q = quantize.quantize_experts(p, scale="ue8m0")

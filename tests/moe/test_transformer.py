@@ -175,6 +175,7 @@ def test_gradients_against_finite_differences(name):
         assert (moved(1) - moved(-1)) / (2 * step) == pytest.approx(norm**2, rel=0.05), (name, path)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_gradient():
     weights, cfg = model("qwen3_moe")
     tokens = jnp.asarray(decoders.tokens())
