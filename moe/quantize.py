@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from moe.experts.dispatch import Dispatch, combine, dispatch, gather_rows
 from moe.experts.mlp import ExpertParams, check_experts
 from moe.kernels import grouped_matmul as kernels
+from moe.kernels.platform import Partial, platform_dependent
 from moe.params import Param, ParamSpec, zeros
 
 T = TypeVar("T")
@@ -317,12 +318,10 @@ def _simulated_forward(params: QuantizedExpertParams, x, weights, plan: Dispatch
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _quantized_experts(params, x, weights, plan, activation, scale, implementation):
-    fp8, simulated = (
-        functools.partial(forward, activation=activation, scale=scale) for forward in (_fp8_forward, _simulated_forward)
-    )
+    fp8, simulated = (Partial(f, activation=activation, scale=scale) for f in (_fp8_forward, _simulated_forward))
     if implementation is not None:
         return {"fp8": fp8, "simulated": simulated}[implementation](params, x, weights, plan)
-    return lax.platform_dependent(params, x, weights, plan, cuda=fp8, default=simulated)
+    return platform_dependent(params, x, weights, plan, cuda=fp8, default=simulated)
 
 
 def _quantized_experts_forward(params, x, weights, plan, activation, scale, implementation):

@@ -1,7 +1,6 @@
 """The expert layer: gated MLPs, each token through K of them."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from moe.experts import fused
 from moe.experts.dispatch import Dispatch, combine_rows, dispatch
 from moe.kernels import grouped_matmul as kernels
+from moe.kernels.platform import Partial
 from moe.params import Param, ParamSpec
 
 
@@ -35,7 +35,7 @@ def expert_specs(experts: int, width: int, hidden: int) -> ExpertParams:
     )
 
 
-def _composed_forward(gate_up, down, x, weights, plan, activation, keep, implementation):
+def _composed_forward(gate_up, down, x, weights, plan, *, activation, keep, implementation):
     """The layer of grouped matmuls. Returns (output [T, D], gate beside up [M, 2F] if `keep`)."""
     top_k = weights.shape[1]
     rows = jnp.take(x, plan.order // top_k, axis=0, mode="clip")
@@ -50,7 +50,7 @@ def _composed_forward(gate_up, down, x, weights, plan, activation, keep, impleme
     return combine_rows(y, weights, plan, top_k), None if pre is None else pre.reshape(len(pre), -1)
 
 
-def _composed_backward(gate_up, down, x, weights, plan, pre, grad, activation, implementation):
+def _composed_backward(gate_up, down, x, weights, plan, pre, grad, *, activation, implementation):
     """Gradients of (gate_up, down, x, weights) out of grouped matmuls.
 
     The weight of a slot is applied to the hidden rows: with u = gradient @ down.T of a row, its slot's weight has the
@@ -76,22 +76,25 @@ def _composed_backward(gate_up, down, x, weights, plan, pre, grad, activation, i
     return d_gate_up, d_down[:, 0], combine_rows(d_rows, None, plan, top_k), d_weights
 
 
+def _loop_forward(*operands, activation, keep):
+    # The fused loop never keeps: zeros that no backward reads are removed by XLA.
+    gate_up, _, x, _, plan = operands
+    pre = jnp.zeros((plan.order.size, 2 * gate_up.shape[-1]), x.dtype) if keep else None
+    pre = jax.tree.map(lambda a: kernels.align_varying(a, *jax.tree.leaves(operands))[0], pre)
+    return fused.forward(*operands, activation=activation), pre
+
+
+def _loop_backward(gate_up, down, x, weights, plan, pre, grad, *, activation):
+    return fused.backward(gate_up, down, x, weights, plan, grad, activation=activation)
+
+
 def _forward(gate_up, down, x, weights, plan, activation, keep, implementation):
-    def composed(name):
-        return functools.partial(_composed_forward, activation=activation, keep=keep, implementation=name)
-
-    def loop(*operands):
-        # The fused loop never keeps: zeros that no backward reads are removed by XLA.
-        pre = jnp.zeros((plan.order.size, 2 * gate_up.shape[-1]), x.dtype) if keep else None
-        pre = jax.tree.map(lambda a: kernels.align_varying(a, *jax.tree.leaves(operands))[0], pre)
-        return fused.forward(*operands, activation=activation), pre
-
     operands = (gate_up, down, x, weights, plan)
+    composed = Partial(_composed_forward, activation=activation, keep=keep)
+    loop = Partial(_loop_forward, activation=activation, keep=keep)
     if implementation == "fused":
         return loop(*operands)
-    if implementation is not None:
-        return composed(implementation)(*operands)
-    return kernels.by_platform(composed, default=loop)(*operands)
+    return kernels.by_platform(composed, *operands, implementation=implementation, default=loop)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -105,19 +108,12 @@ def _experts_forward(gate_up, down, x, weights, plan, activation, recompute, imp
 
 
 def _experts_backward(activation, recompute, implementation, saved, grad):
-    def composed(name) -> Callable[..., tuple]:
-        return functools.partial(_composed_backward, activation=activation, implementation=name)
-
-    def loop(*operands) -> tuple:
-        gate_up, down, x, weights, plan, _, grad = operands
-        return fused.backward(gate_up, down, x, weights, plan, grad, activation=activation)
-
     operands = (*saved, grad)
+    composed = Partial(_composed_backward, activation=activation)
+    loop = Partial(_loop_backward, activation=activation)
     if implementation == "fused":
         return (*loop(*operands), None)
-    if implementation is not None:
-        return (*composed(implementation)(*operands), None)
-    return (*kernels.by_platform(composed, default=loop)(*operands), None)
+    return (*kernels.by_platform(composed, *operands, implementation=implementation, default=loop), None)
 
 
 _experts.defvjp(_experts_forward, _experts_backward)

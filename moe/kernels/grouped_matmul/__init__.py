@@ -14,8 +14,8 @@ Implementations (all four products each: gmm, gmm_t, tgmm, gated):
     pallas_tpu    Mosaic
     pallas_gpu    Triton
 
-By default the one is taken that fits the platform being lowered for (`jax.lax.platform_dependent`), never that of the
-host. The gradient runs through the same implementation.
+By default the one is taken that fits the platform being lowered for (`moe.kernels.platform`), never that of the host.
+The gradient runs through the same implementation.
 """
 
 import functools
@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe.kernels.grouped_matmul import blocked
@@ -38,6 +37,7 @@ from moe.kernels.grouped_matmul.shapes import (
     check_operands,
     check_sizes,
 )
+from moe.kernels.platform import Partial, platform_dependent
 
 __all__ = [
     "ACTIVATIONS",
@@ -68,30 +68,43 @@ def implementation_module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+_COMPILED = {"mosaic": "pallas_tpu", "triton": "pallas_gpu"}
+"""Kernels without the alternative of interpreting them, which on TPU has side effects that a program would carry."""
+
+
 @functools.cache
-def _traced_once(product: str, implementation: str, **options: Any) -> Callable[..., jax.Array]:
-    """A product as an inlined jit: the branches for other platforms are traced too, and a kernel's trace takes up to a
-    second; this way once per shape, not once per call.
-    """
-    return jax.jit(functools.partial(getattr(implementation_module(implementation), product), **options), inline=True)
+def _product(name: str, implementation: str, **options: Any) -> Callable[..., jax.Array]:
+    """A product as an inlined jit: a kernel's trace takes up to a second; this way once per shape, not per call."""
+    if implementation in _COMPILED:
+        implementation, options = _COMPILED[implementation], options | {"interpret": False}
+    return jax.jit(functools.partial(getattr(implementation_module(implementation), name), **options), inline=True)
+
+
+def _run(*args: jax.Array, product: str, implementation: str, **options: Any) -> jax.Array:
+    return _product(product, implementation, **options)(*args)
 
 
 def _call(product: str, implementation: str | None, *args: jax.Array, **options: Any) -> jax.Array:
-    def run(name: str) -> Callable[..., jax.Array]:
-        return _traced_once(product, name, **options)
-
-    if implementation is not None:
-        return run(implementation)(*args)
-    return by_platform(run)(*args)
+    return by_platform(Partial(_run, product=product, **options), *args, implementation=implementation)
 
 
-def by_platform(branch: Callable[[str], Callable[..., Any]], default: Callable[..., Any] | None = None):
-    """A function that calls branch(implementation) as fits the platform being lowered for; `default` instead of
-    branch("blocked") where there is no kernel.
+def by_platform(
+    function: Callable[..., Any],
+    *args: Any,
+    implementation: str | None = None,
+    default: Callable[..., Any] | None = None,
+) -> Any:
+    """function(*args, implementation=name) with `implementation` if given, else with the one of the platform being
+    lowered for, and default(*args), if given, where there is no kernel. Not differentiable.
     """
-    default = branch("blocked") if default is None else default
-    kernels = {"tpu": branch("pallas_tpu"), "cuda": branch("pallas_gpu")}
-    return lambda *args: lax.platform_dependent(*args, **kernels, default=default)
+    if implementation is not None:
+        return function(*args, implementation=implementation)
+    return platform_dependent(
+        *args,
+        default=Partial(function, implementation="blocked") if default is None else default,
+        tpu=Partial(function, implementation="mosaic"),
+        cuda=Partial(function, implementation="triton"),
+    )
 
 
 def gmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, *, implementation: str | None = None) -> jax.Array:
