@@ -99,11 +99,11 @@ def bias() -> Tutorial:
 
 
 def teacher() -> Tutorial:
-    """6 layers of 16 experts, 4 a token: the teacher of `examples/zeda.py`. The longer run of the two."""
-    model = _switch(vocab=1024, width=192, layers=6, experts=16, top_k=4, hidden=96, heads=6, length=128)
+    """4 layers of 16 experts, 4 a token, trained until it solves its problems: the teacher of `examples/zeda.py`."""
+    model = _switch(vocab=1024, width=128, layers=4, experts=16, top_k=4, hidden=64, heads=4, length=128)
     return Tutorial(
-        model, problems=60_000, test_problems=200, batch=24, steps=5000, learning_rate=2e-3, warmup=200,
-        evaluate_every=250, checkpoint_every=250, evaluation_rows=128,
+        model, tasks=TaskConfig(largest=12, steps=3), problems=40_000, text_share=0.35, steps=8000, warmup=200,
+        evaluate_every=500, checkpoint_every=500,
     )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def experts(
         recompute: the backward computes gate and up again, two more products to nine; False keeps [T * K, 2 F] where
             grouped matmuls run. The fused loop always recomputes: keeping was slower (407 ms to 317).
         implementation: None takes a fused loop where lowered for CPU (and where there is no kernel), the grouped matmul
-            of the platform on TPU and CUDA. "fused" forces the loop (and spares the tracing of kernels), a name of
+            of the platform on TPU and CUDA. "fused" forces the loop, a name of
             `moe.kernels.grouped_matmul.IMPLEMENTATIONS` that grouped matmul.
 
     Raises:
