@@ -17,14 +17,12 @@ competing processes disturb less, stand beside wall seconds.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,6 +43,8 @@ from earth.readers import read_stations
 from earth.stations import design, usual_variables
 from earth.train import Prepared, TrainConfig
 from moe import training
+from tests.benchmarks import timing
+from tests.benchmarks.timing import middle
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = ROOT.parent / "shared" / "data" / "taiwan_hourly_2020-06_2021-12.parquet"
@@ -215,69 +215,20 @@ def count_observations(
     return read / size, scored / size
 
 
-class Peer:
+class Peer(timing.Peer):
     """DeepSensor in a process of its own."""
 
     def __init__(self, python: str, setup: dict[str, Any], folder: pathlib.Path):
         self.batch = int(setup["batch"])
-        path = folder / f"peer_{setup['batch']}_{setup['density']}.json"
-        path.write_text(json.dumps(setup))
-        self._log = open(path.with_suffix(".log"), "w+")  # closed in close()
-        self._process = subprocess.Popen(
-            [python, str(PEER), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        try:
-            self.about = self._answer()
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(python, PEER, setup, folder / f"peer_{setup['batch']}_{setup['density']}.json")
         self.inputs, self.scored = self.about["inputs"], self.about["scored"]
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise RuntimeError(f"DeepSensor's process ended with {self._process.wait()}:\n{self._log.read()[-3000:]}")
-        return json.loads(line)
-
     def run(self, steps: int) -> Timing:
-        assert self._process.stdin is not None
-        print(steps, file=self._process.stdin, flush=True)
-        answer = self._answer()
+        answer = self.ask(steps)
         losses = answer["losses"]
         if len(losses) != steps or not np.isfinite(losses).all():
             raise RuntimeError(f"DeepSensor was to take {steps} steps and reports the losses {losses}")
         return Timing(steps, answer["wall"], answer["cpu"])
-
-    def close(self) -> None:
-        """Ends the process; waits for it."""
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-
-def has_deepsensor(python: str) -> bool:
-    """Whether this interpreter finds deepsensor and torch."""
-    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('deepsensor', 'torch'))))"
-    return subprocess.run([python, "-c", code], check=False).returncode == 0
-
-
-def interleave(contestants: Sequence[tuple[Callable[[int], Timing], int]], rounds: int) -> list[list[Timing]]:
-    """Timings [contestant][round] of stretches run in turns: one untimed, then `rounds`."""
-    found: list[list[Timing]] = [[] for _ in contestants]
-    for i in range(rounds + 1):
-        for (run, steps), list_ in zip(contestants, found, strict=True):
-            timing = run(steps)
-            if i:
-                list_.append(timing)
-    return found
-
-
-def middle(values: Sequence[float], digits: int = 3) -> str:
-    """`median (least-most)` in significant digits."""
-    shown = [f"{float(f'{v:.{digits}g}'):,.10g}" for v in (np.median(values), min(values), max(values))]
-    return f"{shown[0]} ({shown[1]}-{shown[2]})"
 
 
 def rates(timings: Sequence[Timing], per_step: float) -> tuple[list[float], list[float]]:
@@ -287,10 +238,10 @@ def rates(timings: Sequence[Timing], per_step: float) -> tuple[list[float], list
 
 def compare(ours: Ours, peer: Peer | None, rounds: int, steps: tuple[int, int], label: str) -> list[Timing]:
     """Prints the rows of one batch size; returns our timings."""
-    runners: list[tuple[Callable[[int], Timing], int]] = [(ours.run, steps[0])]
+    runners = {"ours": functools.partial(ours.run, steps[0])}
     if peer is not None:
-        runners.append((peer.run, steps[1]))
-    timings = interleave(runners, rounds)
+        runners["theirs"] = functools.partial(peer.run, steps[1])
+    timings = list(timing.interleave(runners, rounds).values())
     per_step = ours.batch * (ours.inputs + ours.scored)
     wall, cpu = rates(timings[0], per_step)
     print(f"\nbatch {ours.batch}, {rounds} rounds in turns of {steps[0]} steps (DeepSensor {steps[1]}); median (range)")
@@ -371,7 +322,8 @@ def bench_limit(ours: Ours, loop: Sequence[Timing], rounds: int) -> None:
         y.block_until_ready()
         return Timing(steps, time.perf_counter() - wall, time.process_time() - cpu)
 
-    step, peak = interleave([(ours.compute, 6), (matmul, 12)], rounds)
+    runners = {"step": functools.partial(ours.compute, 6), "peak": functools.partial(matmul, 12)}
+    step, peak = timing.interleave(runners, rounds).values()
     giga = [ours.flops * t.steps / t.wall / 1e9 for t in step]
     whole = [ours.flops * t.steps / t.wall / 1e9 for t in loop]
     top = [2 * size**3 * t.steps / t.wall / 1e9 for t in peak]
@@ -425,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.cores} cores, load {load_before:.1f} before this"
     )
     print(f"\n1. Training. {DEFINITION}")
-    found = has_deepsensor(args.peer)
+    found = timing.has_modules(args.peer, "deepsensor", "torch")
     if not found:
         print(
             f"\nDeepSensor is not installed in {args.peer}: its rows are left out. Install the extra `parity`, or pass"

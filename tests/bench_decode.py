@@ -10,6 +10,7 @@ Side by side in one process, medians of interleaved runs:
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,18 +24,13 @@ from moe.models.decode import Engine, EngineConfig
 from moe.models.hf import config_from_hf
 from moe.models.sampling import Sampling
 from moe.models.transformer import transformer_specs
+from tests.benchmarks.timing import interleave, seconds
 
 
 @jax.jit
 def _stream(params):
     """Reads every weight once."""
     return [jnp.einsum("ij->i", leaf.reshape(-1, leaf.shape[-1])).sum() for leaf in jax.tree.leaves(params)]
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - started
 
 
 def _filled(params, cfg, sequences: int, context: int, **changes) -> Engine:
@@ -88,13 +84,11 @@ def main() -> None:
     split = engines["unstacked"]._params
     runs: dict[str, Callable[[], object]] = {"floor": lambda: _stream(split)}
     runs |= {name: engine.step for name, engine in engines.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.repeats):
-        for name, run in runs.items():
-            taken[name].append(_seconds(run))
+    timed = {name: functools.partial(seconds, run) for name, run in runs.items()}
+    taken = interleave(timed, options.repeats)
     floor = statistics.median(taken["floor"])
-    for name, seconds in taken.items():
-        median, low, high = statistics.median(seconds), min(seconds), max(seconds)
+    for name, each in taken.items():
+        median, low, high = statistics.median(each), min(each), max(each)
         rate = "" if name == "floor" else f", {options.sequences / median:.0f} tokens/s"
         print(
             f"{name:22s} {1e3 * median:8.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}]  {median / floor:5.2f} x floor, "
@@ -117,8 +111,7 @@ def _continuous(params, cfg, rows: int) -> None:
     rates: dict[str, list[float]] = {"continuous": [], "static": []}
     for _ in range(3):
         engine.reset_metrics()
-        seconds = _seconds(lambda: engine.generate(prompts, each) and None)
-        rates["continuous"].append(sum(lengths) / seconds)
+        rates["continuous"].append(sum(lengths) / seconds(lambda: engine.generate(prompts, each) and None))
         used = engine.metrics.utilisation
         engine.reset_metrics()
         started = time.perf_counter()

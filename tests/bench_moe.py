@@ -18,11 +18,8 @@ without torch and transformers its rows are left out, and the program says so.
 
 import argparse
 import copy
-import json
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +32,7 @@ import numpy as np
 from moe import params
 from moe.experts import ExpertParams, capacity_experts, expert_specs, experts
 from moe.routing import RoutingConfig, route
+from tests.benchmarks import timing
 
 PEER = pathlib.Path(__file__).parent / "benchmarks" / "transformers_experts_peer.py"
 D, F, E, K = 512, 256, 64, 8
@@ -42,73 +40,26 @@ DECODE = 16
 Times = dict[str, list[float]]
 
 
-def cpu_model() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-class Peer:
+class Peer(timing.Peer):
     """transformers' block in a process of its own."""
 
     def __init__(self, python: str, setup: dict[str, Any], folder: pathlib.Path):
-        path = folder / "peer.json"
-        path.write_text(json.dumps(setup))
-        self._log = open(folder / "peer.log", "w+")  # closed in close()
-        self._process = subprocess.Popen(
-            [python, str(PEER), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        try:
-            self.about = self._answer()
-        except BaseException:
-            self.close()
-            raise
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise RuntimeError(f"transformers' process ended with {self._process.wait()}:\n{self._log.read()[-3000:]}")
-        return json.loads(line)
+        super().__init__(python, PEER, setup, folder / "peer.json")
 
     def run(self, **job: Any) -> list[float]:
-        assert self._process.stdin is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        seconds = self._answer()["seconds"]
+        seconds = self.ask(job)["seconds"]
         time.sleep(0.25)  # its OpenMP threads spin for 0.2 s after their last product; not beside our next one
         return seconds
 
-    def close(self) -> None:
-        """Ends the process; waits for it."""
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-
-def has_transformers(python: str) -> bool:
-    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('torch', 'transformers'))))"
-    return subprocess.run([python, "-c", code], check=False).returncode == 0
-
 
 def timed(call: Callable[[], Any], calls: int = 1) -> list[float]:
-    seconds = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    return [timing.seconds(call) for _ in range(calls)]
 
 
 def interleave(candidates: dict[str, Callable[[int], list[float]]], rounds: int, calls: int = 1) -> Times:
     """Seconds of each candidate, the median of `calls` calls a round, after one round that is not counted."""
-    times: Times = {name: [] for name in candidates}
-    for counted in [False] + [True] * rounds:
-        for name, run in candidates.items():
-            seconds = float(np.median(run(calls)))
-            if counted:
-                times[name].append(seconds)
-    return times
+    medians = {name: lambda run=run: float(np.median(run(calls))) for name, run in candidates.items()}
+    return timing.interleave(medians, rounds)
 
 
 def ratio(times: Times, name: str, base: str) -> str:
@@ -272,13 +223,13 @@ def main() -> int:
         print("this program measures the CPU; run it with JAX_PLATFORMS=cpu", file=sys.stderr)
         return 2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    print(f"{cpu_model()}, {cores} cores, load {os.getloadavg()[0]:.1f}; jax {jax.__version__}, {rounds} rounds")
+    print(f"{timing.cpu_model()}, {cores} cores, load {os.getloadavg()[0]:.1f}; jax {jax.__version__}, {rounds} rounds")
     print(f"D {D}, F {F}, E {E}, K {K}, float32; medians [least-largest], milliseconds and ratios")
     long = Layer(tokens)
     short = long.first(DECODE)
     with tempfile.TemporaryDirectory() as name:
         folder, peer = pathlib.Path(name), None
-        if has_transformers(args.peer):
+        if timing.has_modules(args.peer, "torch", "transformers"):
             store = folder / "layer.npz"
             np.savez(
                 store, router=long.router[:, :E], gate_up=long.weights.gate_up, down=long.weights.down, x=long.x,

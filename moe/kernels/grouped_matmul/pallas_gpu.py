@@ -183,16 +183,29 @@ def _no_trips_unless(real: jax.Array, trips: int) -> jax.Array:
     return jnp.where(real, jnp.int32(trips), jnp.int32(0))
 
 
+def _zeros(m: int, n: int, count: int = 1) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros((m, n), jnp.float32) for _ in range(count))
+
+
+def _column_tiles(parts: int, columns: int, tile: int, activation: str | None) -> int:
+    """Tiles of columns that a visit has programs for: with an activation all parts are one program's."""
+    return pl.cdiv(columns, tile) * (1 if activation else parts)
+
+
+def _columns(column, parts: int, columns: int, tile: int, activation: str | None):
+    """(part, parts of the program, first column, mask of the columns or None) of a visit's tile of columns."""
+    part, column = _divmod(column, pl.cdiv(columns, tile))
+    of_program = [jnp.int32(p) for p in range(parts)] if activation else [part]
+    return part, of_program, column * tile, _inside(column * tile, tile, columns)
+
+
 def _gmm_kernel(table, lhs, rhs, out, *, tiles: Tiles, activation: str | None):
     """out [M, P, N], or out [M, N] with an activation, when a program holds gate and up side by side."""
     experts, parts, inner, columns = rhs.shape
-    per_part = pl.cdiv(columns, tiles.n)
 
     def multiply(visit: _Visit, column, m: int) -> None:
-        part, column = _divmod(column, per_part)
-        of_program = [jnp.int32(p) for p in range(parts)] if activation else [part]
-        columns_at = pl.ds(column * tiles.n, tiles.n)
-        column_mask = _inside(column * tiles.n, tiles.n, columns)
+        part, of_program, first, column_mask = _columns(column, parts, columns, tiles.n, activation)
+        columns_at = pl.ds(first, tiles.n)
 
         def step(i, totals):
             at = pl.ds(i * tiles.k, tiles.k)
@@ -201,11 +214,10 @@ def _gmm_kernel(table, lhs, rhs, out, *, tiles: Tiles, activation: str | None):
             weights = (_load(rhs.at[visit.group, p, at, columns_at], _both(mask, column_mask)) for p in of_program)
             return tuple(total + _dot(x, w) for total, w in zip(totals, weights, strict=True))
 
-        zeros = tuple(jnp.zeros((m, tiles.n), jnp.float32) for _ in of_program)
-        totals = _loop(_no_trips_unless(visit.real, pl.cdiv(inner, tiles.k)), step, zeros)
+        totals = _loop(_no_trips_unless(visit.real, pl.cdiv(inner, tiles.k)), step, _zeros(m, tiles.n, len(of_program)))
         _store_rows(out, part, visit, columns_at, column_mask, totals, activation)
 
-    _visit_tile(table, experts, tiles.m, per_part if activation else per_part * parts, multiply)
+    _visit_tile(table, experts, tiles.m, _column_tiles(parts, columns, tiles.n, activation), multiply)
 
 
 def _store_rows(out, part, visit: _Visit, columns_at, column_mask, totals, activation: str | None) -> None:
@@ -234,8 +246,7 @@ def _gmm_t_kernel(table, lhs, rhs, out, *, tiles: Tiles):
             w = _load(rhs.at[visit.group, part, columns_at, at], _both(column_mask, mask))
             return (totals[0] + _dot(x, w, b_axis=1),)
 
-        zeros = (jnp.zeros((m, tiles.n), jnp.float32),)
-        (total,) = _loop(_no_trips_unless(visit.real, parts * per_part), step, zeros)
+        (total,) = _loop(_no_trips_unless(visit.real, parts * per_part), step, _zeros(m, tiles.n))
         mask = visit.live if column_mask is None else visit.live & column_mask[None, :]
         plgpu.store(out.at[visit.rows, columns_at], total.astype(out.dtype), mask=mask)
 
@@ -263,7 +274,7 @@ def _tgmm_kernel(bounds, lhs, grad, out, *, tiles: Tiles):
         return (totals[0] + _dot(x, g, a_axis=0),)
 
     trips, _ = _divmod(end - start + (tiles.k - 1), tiles.k)
-    (total,) = _loop(trips, step, (jnp.zeros((tiles.m, tiles.n), jnp.float32),))
+    (total,) = _loop(trips, step, _zeros(tiles.m, tiles.n))
     plgpu.store(out.at[expert, part, down_at, across_at], total.astype(out.dtype), mask=_both(down_mask, across_mask))
 
 
@@ -293,14 +304,11 @@ def _dot_fp8_in_triton(_, a, b, total):
 def _gmm_fp8_kernel(table, lhs, lhs_scale, rhs, rhs_scale, out, *, tiles: Tiles, activation: str | None):
     """lhs [M, K], lhs_scale [K / 128, M], rhs [E, P, N, K], rhs_scale [E, P, N / 128, K / 128]."""
     experts, parts, columns, inner = rhs.shape
-    per_part = pl.cdiv(columns, tiles.n)
 
     def multiply(visit: _Visit, column, m: int) -> None:
-        part, column = _divmod(column, per_part)
-        of_program = [jnp.int32(p) for p in range(parts)] if activation else [part]
-        columns_at = pl.ds(column * tiles.n, tiles.n)
-        column_mask = _inside(column * tiles.n, tiles.n, columns)
-        scale_row, _ = _divmod(column * tiles.n, FP8_BLOCK)
+        part, of_program, first, column_mask = _columns(column, parts, columns, tiles.n, activation)
+        columns_at = pl.ds(first, tiles.n)
+        scale_row, _ = _divmod(first, FP8_BLOCK)
 
         def step(i, totals):
             at = pl.ds(i * tiles.k, tiles.k)
@@ -316,12 +324,11 @@ def _gmm_fp8_kernel(table, lhs, lhs_scale, rhs, rhs_scale, out, *, tiles: Tiles,
 
             return tuple(add(total, p) for total, p in zip(totals, of_program, strict=True))
 
-        zeros = tuple(jnp.zeros((m, tiles.n), jnp.float32) for _ in of_program)
-        totals = _loop(_no_trips_unless(visit.real, pl.cdiv(inner, tiles.k)), step, zeros)
+        totals = _loop(_no_trips_unless(visit.real, pl.cdiv(inner, tiles.k)), step, _zeros(m, tiles.n, len(of_program)))
         _store_rows(out, part, visit, columns_at, column_mask, totals, activation)
 
     # With gate and up the second height would take 136 registers: one block per SM instead of two of 128.
-    column_tiles = per_part if activation else per_part * parts
+    column_tiles = _column_tiles(parts, columns, tiles.n, activation)
     _visit_tile(table, experts, tiles.m, column_tiles, multiply, halve=activation is None)
 
 
@@ -387,7 +394,7 @@ def _row_product(lhs, rhs, sizes, activation: str | None, tiles: Tiles | None, i
     return _launch(
         functools.partial(_gmm_kernel, tiles=tiles, activation=activation),
         "gated_grouped_matmul" if activation else "grouped_matmul",
-        table.shape[1] * pl.cdiv(columns, tiles.n) * parts // together,
+        table.shape[1] * _column_tiles(parts, columns, tiles.n, activation),
         (rows, columns) if activation else (rows, parts, columns),
         lhs.dtype,
         tiles,
@@ -488,7 +495,7 @@ def gmm_fp8(
     return _launch(
         functools.partial(_gmm_fp8_kernel, tiles=tiles, activation=activation),
         "gated_grouped_matmul_fp8" if activation else "grouped_matmul_fp8",
-        table.shape[1] * pl.cdiv(columns, tiles.n) * parts // together,
+        table.shape[1] * _column_tiles(parts, columns, tiles.n, activation),
         (rows, columns) if activation else (rows, parts, columns),
         dtype,
         tiles,
