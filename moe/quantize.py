@@ -1,8 +1,10 @@
-"""FP8 experts: e4m3 values with a scale for each 128 x 128 block of a weight, and each 128 elements of a token.
+"""FP8 numbers: e4m3 values with a scale for each 128 x 128 block of a weight, and each 128 elements of a token.
 
-    quantised = quantize_experts(params.experts)                        # a quarter of float32, half of bfloat16
-    y = quantized_experts(quantised, x, routing.index, routing.weights) # FP8 products on CUDA, simulated elsewhere
-    y = experts(simulate_experts(params.experts), x, ...)               # training that sees the rounding
+    q = quantize_blocks(w)          # Quantized: values and scales; `dequantize` undoes it but for the rounding
+    w = simulate_blocks(w)          # rounded and back, gradients pass straight through
+    scale_format(config)            # of a checkpoint's quantization_config
+
+`moe.experts.quantized` are the experts made of them.
 
 The convention is that of DeepSeek-V3 (2412.19437 section 3.3) and of the FP8 checkpoints on the Hugging Face hub
 (DeepSeek-V3, Qwen3-*-FP8): `weight` [out, in] in float8_e4m3fn beside `weight_scale_inv`, one number per block; its
@@ -20,21 +22,15 @@ Where what is multiplied:
 
 import functools
 import re
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from moe.experts.dispatch import Dispatch, combine, dispatch, gather_rows
-from moe.experts.mlp import ExpertParams, check_experts
-from moe.kernels import grouped_matmul as kernels
-from moe.kernels.platform import Partial, platform_dependent
-from moe.params import Param, ParamSpec, zeros
-
-T = TypeVar("T")
+from moe.params import Param
 
 BLOCK = 128
 E4M3 = jnp.float8_e4m3fn
@@ -66,19 +62,6 @@ class Quantized:
     values: Param
     scale: Param
     block: tuple[int, int] = struct.field(pytree_node=False, default=(BLOCK, BLOCK))
-
-
-@struct.dataclass
-class QuantizedExpertParams:
-    """E gated MLPs; matrices lie [out, in] as in checkpoints, transposed against `moe.experts.ExpertParams`.
-
-    Attributes:
-        gate_up: values [E, 2, F, D].
-        down: values [E, D, F].
-    """
-
-    gate_up: Quantized
-    down: Quantized
 
 
 def stays_high_precision(name: str) -> bool:
@@ -207,67 +190,22 @@ def simulate_rows(
     return out if straight_through else lax.stop_gradient(out)
 
 
-def quantize_experts(params: ExpertParams, *, scale: str = "float32") -> QuantizedExpertParams:
-    """[E, 2, D, F], [E, F, D] -> e4m3 [E, 2, F, D], [E, D, F] with float32 scales."""
-    return QuantizedExpertParams(
-        gate_up=quantize_blocks(params.gate_up.mT, scale=scale), down=quantize_blocks(params.down.mT, scale=scale)
-    )
-
-
-def dequantize_experts(params: QuantizedExpertParams, dtype: jax.typing.DTypeLike = jnp.float32) -> ExpertParams:
-    """What `quantize_experts` kept, [E, 2, D, F] and [E, F, D]."""
-    return ExpertParams(gate_up=dequantize(params.gate_up, dtype).mT, down=dequantize(params.down, dtype).mT)
-
-
-def simulate_experts(params: ExpertParams, *, scale: str = "float32", straight_through: bool = True) -> ExpertParams:
-    """The experts as FP8 would hold them, in their own dtype: for training, with `moe.experts.experts`."""
-    # Blocks are square: those of a matrix are those of its transpose.
-    return jax.tree.map(lambda w: simulate_blocks(w, scale=scale, straight_through=straight_through), params)
-
-
-def quantize_tree(params: T, *, scale: str = "float32") -> T:
-    """Every `ExpertParams` inside a tree of parameters replaced by `QuantizedExpertParams`; all else as it is."""
-
-    def leaf(node: Any) -> Any:
-        return quantize_experts(node, scale=scale) if isinstance(node, ExpertParams) else node
-
-    return jax.tree.map(leaf, params, is_leaf=lambda node: isinstance(node, ExpertParams))
-
-
-def quantized_expert_specs(experts: int, width: int, hidden: int) -> QuantizedExpertParams:
-    """Specs of what `quantize_experts` makes of D = `width`, F = `hidden`. Scales are split over experts only: there is
-    one for 128 elements, too few to divide over a mesh.
-    """
-
-    def spec(lead: tuple[int, ...], rows: int, columns: int, axes: tuple[str, str]) -> Quantized:
-        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
-        stack = ("expert", *[None] * (len(lead) - 1))
-        return Quantized(
-            values=ParamSpec((*lead, rows, columns), (*stack, *axes), zeros, E4M3),
-            scale=ParamSpec((*lead, *blocks), (*stack, None, None), zeros),
-        )
-
-    return QuantizedExpertParams(
-        gate_up=spec((experts, 2), hidden, width, ("mlp", "embed")),
-        down=spec((experts,), width, hidden, ("embed", "mlp")),
-    )
-
-
 def scale_format(config: dict[str, Any]) -> str:
     """The kind of scales, one of SCALES, of a checkpoint with this `quantization_config` in its config.json.
 
     Raises:
         QuantizationError: another method, number format or block; names the key.
     """
-    wanted = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    optional = {"fmt": "e4m3", "expert_dtype": "fp8"}  # often left out; e4m3 is the only format there is
+    wanted = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"} | optional
     for key, value in wanted.items():
-        # Qwen3's older FP8 checkpoints leave fmt out; e4m3 is the only one there is.
-        found = config.get(key, value if key == "fmt" else None)
+        found = config.get(key, optional.get(key))
         if (list(found) if isinstance(found, tuple) else found) != value:
             raise QuantizationError(
                 f"quantization_config has {key} {found!r}; only {value!r} is read, take the bfloat16 checkpoint instead"
             )
     scale = config.get("scale_fmt") or "float32"
+    scale = "float32" if scale == "float" else scale  # transformers' word
     if scale not in SCALES:
         raise QuantizationError(
             f"quantization_config has scale_fmt {scale!r}, not one of {', '.join(map(repr, SCALES))}"
@@ -284,99 +222,3 @@ def quantization_config(*, scale: str = "float32") -> dict[str, Any]:
         "weight_block_size": [BLOCK, BLOCK],
     }
     return config | ({"scale_fmt": scale} if scale != "float32" else {})
-
-
-IMPLEMENTATIONS = ("fp8", "simulated")
-
-
-def _fp8_forward(params: QuantizedExpertParams, x, weights, plan: Dispatch, *, activation: str, scale: str):
-    """FP8 products. Tokens are quantised before they are gathered: the K rows of a token share its values."""
-    from moe.kernels.grouped_matmul import pallas_gpu  # Pallas is slow to import
-
-    top_k = weights.shape[1]
-    tokens, token = quantize_rows(x, scale=scale), plan.order // top_k
-    gate_up, down = params.gate_up, params.down
-    rows, row_scale = (jnp.take(a, token, axis=0, mode="clip") for a in (tokens.values, tokens.scale))
-    hidden = pallas_gpu.gmm_fp8(
-        rows, row_scale, gate_up.values, gate_up.scale, plan.sizes, activation=activation, dtype=x.dtype
-    )
-    hidden = quantize_rows(hidden, scale=scale)
-    y = pallas_gpu.gmm_fp8(
-        hidden.values, hidden.scale, down.values[:, None], down.scale[:, None], plan.sizes, dtype=x.dtype
-    )
-    return combine(y[:, 0], weights, plan)
-
-
-def _simulated_forward(params: QuantizedExpertParams, x, weights, plan: Dispatch, *, activation: str, scale: str):
-    """The numbers of FP8, multiplied in the dtype of x. Differentiable in x and weights."""
-    full = dequantize_experts(params, x.dtype)
-    rows = gather_rows(simulate_rows(x, scale=scale), plan, weights.shape[1])
-    hidden = kernels.gated_grouped_matmul(rows, full.gate_up, plan.sizes, activation=activation)
-    y = kernels.grouped_matmul(simulate_rows(hidden, scale=scale), full.down, plan.sizes)
-    return combine(y, weights, plan)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _quantized_experts(params, x, weights, plan, activation, scale, implementation):
-    fp8, simulated = (Partial(f, activation=activation, scale=scale) for f in (_fp8_forward, _simulated_forward))
-    if implementation is not None:
-        return {"fp8": fp8, "simulated": simulated}[implementation](params, x, weights, plan)
-    return platform_dependent(params, x, weights, plan, cuda=fp8, default=simulated)
-
-
-def _quantized_experts_forward(params, x, weights, plan, activation, scale, implementation):
-    out = _quantized_experts(params, x, weights, plan, activation, scale, implementation)
-    return out, (params, x, weights, plan)
-
-
-def _quantized_experts_backward(activation, scale, implementation, saved, grad):
-    params, x, weights, plan = saved
-    simulated = functools.partial(_simulated_forward, activation=activation, scale=scale)
-    _, pull = jax.vjp(lambda x, weights: simulated(params, x, weights, plan), x, weights)
-    return None, *pull(grad), None
-
-
-_quantized_experts.defvjp(_quantized_experts_forward, _quantized_experts_backward)
-
-
-def quantized_experts(
-    params: QuantizedExpertParams,
-    x: Float[Array, "T D"],
-    index: Int[Array, "T K"],
-    weights: Float[Array, "T K"],
-    *,
-    activation: str = "silu",
-    scale: str = "float32",
-    implementation: str | None = None,
-) -> Float[Array, "T D"]:
-    """`moe.experts.experts` with FP8 weights and FP8 activations: x and the hidden layer are rounded to e4m3 as well,
-    every 128 elements of a row with a scale of their own. Weights alone in FP8: `experts(dequantize_experts(params,
-    x.dtype), x, index, weights)`.
-
-    Differentiable in x and weights, straight through the rounding and by products in the dtype of x; params are
-    constants (train with `simulate_experts`).
-
-    Args:
-        params: of `quantize_experts` or a checkpoint.
-        index, weights, activation: as in `experts`.
-        scale: of the activations, "float32" or "ue8m0".
-        implementation: "fp8" is the kernel for CUDA (interpreted where lowered for another platform), "simulated"
-            dequantises the weights at every call and multiplies in the dtype of x. None: "fp8" where lowered for CUDA.
-
-    Raises:
-        QuantizationError: params, scale or implementation that cannot be.
-        ValueError: as `experts`.
-    """
-    for label, q in (("gate_up", params.gate_up), ("down", params.down)):
-        check_quantized(q, label)
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise QuantizationError(
-            f"implementation {implementation!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}"
-        )
-    kernels.check_activation(activation)
-    shapes = jax.eval_shape(functools.partial(dequantize_experts, dtype=x.dtype), params)
-    check_experts(shapes, x, index, weights)
-    plan = dispatch(index, params.gate_up.values.shape[0])
-    leaves, tree = jax.tree.flatten((params, x, weights, plan))
-    operands = jax.tree.unflatten(tree, kernels.align_varying(*leaves))
-    return _quantized_experts(*operands, activation, scale, implementation)

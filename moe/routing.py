@@ -67,6 +67,9 @@ class RoutingConfig:
             multiplies the router's input, which moves the weights too; here they stay those of the clean logits, so
             that replaying a recorded index gives the recorded weights.
         free: parameter-free slots after the experts, as (kind, how many) of FREE_KINDS; zce_types and zce_nums of ZEDA.
+        free_share: share of the slots that training steers parameter-free ones towards (`moe.zeda`); None: no target.
+        free_masked: the parameter-free slots stay in the router and are never chosen: `routed` is the layer without
+            them (ZEDA's use_zce_mask).
         straight_through: dense gradient for the router, see `route`. Softmax only.
     """
 
@@ -83,6 +86,8 @@ class RoutingConfig:
     selection_bias: bool = False
     jitter: float = 0.0
     free: tuple[tuple[str, int], ...] = ()
+    free_share: float | None = None
+    free_masked: bool = False
     straight_through: bool = False
 
     def __post_init__(self):
@@ -101,6 +106,14 @@ class RoutingConfig:
                 raise RoutingError(f"kind {kind!r} in free is not one of {', '.join(map(repr, FREE_KINDS))}")
             if number < 1:
                 raise RoutingError(f"free {self.free} has {number} slots of kind {kind!r}; give at least 1 or drop it")
+        if (self.free_share is not None or self.free_masked) and not self.free:
+            raise RoutingError(
+                f"free_share {self.free_share}, free_masked {self.free_masked} have no meaning without free slots"
+            )
+        if self.free_share is not None and not 0 < self.free_share < 1:
+            raise RoutingError(f"free_share {self.free_share} must lie between 0 and 1; 0.5 skips half of the slots")
+        if self.free_masked and self.top_k > self.experts:
+            raise RoutingError(f"top_k {self.top_k} exceeds the {self.experts} experts that free_masked leaves")
         if not 1 <= self.top_k <= self.slots:
             raise RoutingError(
                 f"top_k {self.top_k} is outside [1, {self.slots}] (experts {self.experts} + {self.free_slots} "
@@ -164,6 +177,11 @@ class RoutingConfig:
     def slots(self) -> int:
         """E + Z, the width of the router; also the index that means nowhere."""
         return self.experts + self.free_slots
+
+    @property
+    def routed(self) -> "RoutingConfig":
+        """What `route` is called with: this, or the same without parameter-free slots where they are masked."""
+        return dataclasses.replace(self, free=(), free_share=None, free_masked=False) if self.free_masked else self
 
 
 @struct.dataclass

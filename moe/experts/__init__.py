@@ -9,11 +9,13 @@ from moe.experts.dense import dense_experts
 from moe.experts.dispatch import Dispatch, combine, dispatch, gather_rows
 from moe.experts.mlp import ExpertParams, expert_specs, experts
 from moe.experts.parallel import ExpertLoad, expert_layer, experts_parallel
+from moe.experts.quantized import QuantizedExpertParams, quantize_experts, quantized_experts
 
 __all__ = [
     "Dispatch",
     "ExpertLoad",
     "ExpertParams",
+    "QuantizedExpertParams",
     "capacity_experts",
     "combine",
     "dense_experts",
@@ -23,4 +25,6 @@ __all__ = [
     "experts",
     "experts_parallel",
     "gather_rows",
+    "quantize_experts",
+    "quantized_experts",
 ]

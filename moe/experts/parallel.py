@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,14 @@ from jaxtyping import Array, Float, Int
 
 from moe.experts.dispatch import Dispatch, combine_rows, dispatch, gather_rows
 from moe.experts.mlp import ExpertParams, check_experts, expert_specs, experts
+from moe.experts.quantized import QuantizedExpertParams, dequantize_experts, quantized_experts
 from moe.kernels.grouped_matmul import align_varying
 from moe.kernels.grouped_matmul.blocked import varying_like
 from moe.params import Param
 from moe.sharding import AxisRules, MeshAxes, current_rules, partition_spec
 
 T = TypeVar("T")
+AnyExperts: TypeAlias = ExpertParams | QuantizedExpertParams
 
 METHODS = ("all_gather", "all_to_all", "ragged_all_to_all", "replicated")
 
@@ -63,6 +65,13 @@ class ExpertLoad:
     rounds: Param  # the same
 
 
+def _experts(params: AnyExperts, *tokens: jax.Array, recompute: bool, **options: Any) -> jax.Array:
+    """Experts of either kind; tokens are x, index and weights."""
+    if isinstance(params, QuantizedExpertParams):
+        return quantized_experts(params, *tokens, **options)
+    return experts(params, *tokens, recompute=recompute, **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class _How:
     """What is known before tracing. `room`: rows a rank, or for all_to_all rows a bucket, takes in one round."""
@@ -76,12 +85,10 @@ class _How:
     recompute: bool
     implementation: str | None
 
-    def experts(self, params: ExpertParams, x: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
-        return experts(
+    def experts(self, params: AnyExperts, *tokens: jax.Array) -> jax.Array:
+        return _experts(
             params,
-            x,
-            index,
-            weights,
+            *tokens,
             activation=self.activation,
             recompute=self.recompute,
             implementation=self.implementation,
@@ -208,7 +215,7 @@ _ROUNDS = {
 
 
 def _round(
-    how: _How, turn: jax.Array | int, params: ExpertParams, x: jax.Array, weights: jax.Array, plan: _Plan
+    how: _How, turn: jax.Array | int, params: AnyExperts, x: jax.Array, weights: jax.Array, plan: _Plan
 ) -> jax.Array:
     """What the pairs whose turn it is add to the tokens at hand; [T, D], differentiable in params, x and weights."""
     window, expert, send, receive = _ROUNDS[how.method](how, turn, plan)
@@ -293,7 +300,7 @@ def _in_rounds(how: _How, plan: _Plan, one: Callable[[jax.Array | int], T]) -> T
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounds(how: _How, params: ExpertParams, x: jax.Array, weights: jax.Array, plan: _Plan) -> jax.Array:
+def _rounds(how: _How, params: AnyExperts, x: jax.Array, weights: jax.Array, plan: _Plan) -> jax.Array:
     """A loop of unknown length has no reverse derivative of its own; and the rows received are not kept for it."""
     return _in_rounds(how, plan, lambda turn: _round(how, turn, params, x, weights, plan))
 
@@ -328,7 +335,7 @@ def _room(expected: float, safety_factor: float, most: int) -> int:
 
 
 def experts_parallel(
-    params: ExpertParams,
+    params: AnyExperts,
     x: Float[Array, "T D"],
     index: Int[Array, "T K"],
     weights: Float[Array, "T K"],
@@ -349,6 +356,7 @@ def experts_parallel(
     Args:
         params: this rank's share, [E / R, 2, D, F] and [E / R, F, D]; rank r holds experts r E / R and on. Where the
             width F is split too (a tensor axis), so that this is a part of it, the result is a partial sum: psum it.
+            QuantizedExpertParams are split over experts only.
         x: this rank's tokens, other ones on every rank ("replicated": the same on all).
         index: global expert numbers in [0, E); any other number means no expert.
         weights: float32.
@@ -378,10 +386,10 @@ def experts_parallel(
     axis = (axis,) if isinstance(axis, str) else tuple(axis)
     ranks = math.prod(lax.axis_size(name) for name in axis)
     _check_operands(params, x, index, weights, math.prod(lax.axis_size(name) for name in embed_axes))
-    local, top_k = params.gate_up.shape[0], index.shape[1]
+    local, top_k = _count(params), index.shape[1]
     _check_groups(n_group, ranks, top_k, local * ranks)
-    gate_up, down, x, weights, index = align_varying(params.gate_up, params.down, x, weights, index)
-    params = ExpertParams(gate_up, down)
+    leaves, tree = jax.tree.flatten((params, x, weights, index))
+    params, x, weights, index = jax.tree.unflatten(tree, align_varying(*leaves))
     index, weights = _keep_to_groups(index, weights, local * ranks, n_group)
 
     me, sends = lax.axis_index(axis), method in ("all_to_all", "ragged_all_to_all")
@@ -402,7 +410,7 @@ def experts_parallel(
         index = jnp.where((index >= 0) & (index // local == me), index % local, local)
     plan, load = _plan(how, index, local)
 
-    def add_up(params: ExpertParams, x: jax.Array, weights: jax.Array) -> Any:
+    def add_up(params: AnyExperts, x: jax.Array, weights: jax.Array) -> Any:
         params, x, weights = _gather_weights(params, embed_axes), gather(x), my_slots(gather(weights))
         # Where the room holds any routing and nothing is sent, the sorting inside `experts` is dispatch enough.
         if plan is None:
@@ -414,15 +422,24 @@ def experts_parallel(
     return (jax.checkpoint(add_up) if recompute else add_up)(params, x, weights), load
 
 
-def _gather_weights(params: ExpertParams, embed_axes: MeshAxes) -> ExpertParams:
+def _count(params: AnyExperts) -> int:
+    return jax.tree.leaves(params)[0].shape[0]
+
+
+def _gather_weights(params: AnyExperts, embed_axes: MeshAxes) -> AnyExperts:
     if not embed_axes:
         return params
+    if isinstance(params, QuantizedExpertParams):
+        raise ValueError(f"quantised experts are split over experts only, not over {embed_axes}; leave embed_axes out")
     gather = functools.partial(lax.all_gather, axis_name=embed_axes, axis=2, tiled=True)
     return ExpertParams(gate_up=gather(params.gate_up), down=gather(params.down))  # [E, 2, D, F], [E, F, D]
 
 
-def _check_operands(params: ExpertParams, x: jax.Array, index: jax.Array, weights: jax.Array, parts: int) -> None:
+def _check_operands(params: AnyExperts, x: jax.Array, index: jax.Array, weights: jax.Array, parts: int) -> None:
     """`check_experts` with the weights as they will be once gathered from `parts` parts."""
+    if isinstance(params, QuantizedExpertParams):  # never in parts
+        whole = jax.eval_shape(functools.partial(dequantize_experts, dtype=x.dtype), params)
+        return check_experts(whole, x, index, weights)
     gate_up, down = params.gate_up, params.down
     if gate_up.ndim == 4 and down.ndim == 3:
         gate_up, down = (
@@ -471,14 +488,14 @@ class _Placement:
     """Over which mesh axes what is split."""
 
     tokens: tuple[MeshAxes, ...]  # of every axis of x but the last
-    params: ExpertParams  # of PartitionSpec
+    params: AnyExperts  # of PartitionSpec
     experts: MeshAxes
     embed: MeshAxes
     hidden: MeshAxes
     replicated: bool  # the ranks of `experts` hold the same tokens
 
 
-def _placement(params: ExpertParams, shape: tuple[int, ...], mesh: AbstractMesh, rules: AxisRules) -> _Placement:
+def _placement(params: AnyExperts, shape: tuple[int, ...], mesh: AbstractMesh, rules: AxisRules) -> _Placement:
     def split(axes: tuple[str | None, ...], **options) -> tuple[MeshAxes, ...]:
         spec = partition_spec(axes, mesh, rules, **options)
         each = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
@@ -487,10 +504,16 @@ def _placement(params: ExpertParams, shape: tuple[int, ...], mesh: AbstractMesh,
     manual = [axis for axis in dict(rules.weights)["expert"] if axis in mesh.manual_axes and mesh.shape[axis] > 1]
     if manual:
         raise ValueError(f"mesh axis {manual[0]!r}, which splits the experts, is manual here; call experts_parallel")
-    experts_, _, width, hidden = params.gate_up.shape
+    quantized = isinstance(params, QuantizedExpertParams)
+    if quantized:
+        experts_, _, hidden, width = params.gate_up.values.shape
+    else:
+        experts_, _, width, hidden = params.gate_up.shape
     specs = expert_specs(experts_, width, hidden)
     gate_up = split(specs.gate_up.axes, shape=specs.gate_up.shape, label="gate_up")
     down = split(specs.down.axes, shape=specs.down.shape, label="down")
+    if quantized:  # a part of a matrix would need a part of a block's scale: whole matrices come in
+        gate_up, down = (axes[:1] + ((),) * len(axes[1:]) for axes in (gate_up, down))
     lead = ("batch", "seq", *[None] * len(shape))[: len(shape) - 1]
     tokens = split(lead, kind="activations", shape=shape[:-1], label="x")
     # A rank of the tensor axis holds a part of every expert: it needs the tokens of all of them.
@@ -503,7 +526,9 @@ def _placement(params: ExpertParams, shape: tuple[int, ...], mesh: AbstractMesh,
         )
     return _Placement(
         tokens,
-        ExpertParams(gate_up=_spec(gate_up), down=_spec(down)),
+        jax.tree.map(lambda _: _spec(gate_up[:1]), params)
+        if quantized
+        else ExpertParams(gate_up=_spec(gate_up), down=_spec(down)),
         experts=gate_up[0],
         embed=gate_up[2],
         hidden=gate_up[3],
@@ -516,7 +541,7 @@ def _spec(axes: tuple[MeshAxes, ...]) -> PartitionSpec:
 
 
 def expert_layer(
-    params: ExpertParams,
+    params: AnyExperts,
     x: Float[Array, "*b D"],
     index: Int[Array, "*b K"],
     weights: Float[Array, "*b K"],
@@ -534,16 +559,17 @@ def expert_layer(
     Each device sorts and dispatches its own tokens. Weights split over `embed` (FSDP) are gathered for the layer, and
     again in its backward; experts split over a mesh axis stay where they are and tokens travel (`experts_parallel`);
     what the parts of an expert split over `mlp` (tensor) put out is summed. Without mesh or rules this is `experts`.
+    Experts in FP8 run `quantized_experts`; they are gathered whole over all axes but those that split the experts.
 
     Args:
-        params: global arrays, placed by `expert_specs` and the rules.
+        params: global arrays, placed by `expert_specs` (`quantize_specs`) and the rules.
         x: [B, S, D], [B, D] or more axes; the first is "batch", the second "seq".
         index, weights: likewise; see `experts`.
         method: of `experts_parallel`. None takes all_gather up to K ranks (then it moves fewest bytes), all_to_all
             beyond. Without effect where no axis splits the experts, or where its ranks hold the same tokens (rules
             whose "batch" leaves the expert axis out, for batches too small to split).
         n_group, safety_factor, recompute: of `experts_parallel`.
-        activation, implementation: of `experts`.
+        activation, implementation: of `experts` or `quantized_experts`.
         with_load: return (output, ExpertLoad) with arrays [devices], in the order of the mesh.
 
     Returns:
@@ -557,16 +583,16 @@ def expert_layer(
     options = {"activation": activation, "recompute": recompute, "implementation": implementation}
     rules, mesh = current_rules(), jax.sharding.get_abstract_mesh()
 
-    def local(params: ExpertParams, *tokens: jax.Array, embed_axes: MeshAxes = ()) -> tuple[jax.Array, ExpertLoad]:
+    def local(params: AnyExperts, *tokens: jax.Array, embed_axes: MeshAxes = ()) -> tuple[jax.Array, ExpertLoad]:
         def compute(params, *tokens):
-            return experts(_gather_weights(params, embed_axes), *tokens, **options)
+            return _experts(_gather_weights(params, embed_axes), *tokens, **options)
 
         index = tokens[1]
-        rows = ((index >= 0) & (index < params.gate_up.shape[0])).sum(dtype=jnp.int32)
+        rows = ((index >= 0) & (index < _count(params))).sum(dtype=jnp.int32)
         compute = jax.checkpoint(compute) if embed_axes and recompute else compute
         return compute(params, *tokens), ExpertLoad(rows, jnp.ones((), jnp.int32))
 
-    def flat(compute: Callable[..., tuple[jax.Array, ExpertLoad]], params: ExpertParams, *tokens: jax.Array):
+    def flat(compute: Callable[..., tuple[jax.Array, ExpertLoad]], params: AnyExperts, *tokens: jax.Array):
         y, load = compute(params, *(a.reshape(-1, a.shape[-1]) for a in tokens))
         return y.reshape(tokens[0].shape), jax.tree.map(lambda a: a[None], load)
 
@@ -577,7 +603,7 @@ def expert_layer(
     place = _placement(params, x.shape, mesh, rules)
     partial = place.hidden + (place.experts if place.replicated else ())
 
-    def each(params: ExpertParams, *tokens: jax.Array):
+    def each(params: AnyExperts, *tokens: jax.Array):
         if not place.experts:
             compute = functools.partial(local, embed_axes=place.embed)
         else:
@@ -599,6 +625,7 @@ def expert_layer(
     tokens = _spec(place.tokens)
     if mesh.are_all_axes_explicit:
         x, index, weights = (jax.sharding.reshard(a, tokens) for a in (x, index, weights))
+        params = jax.tree.map(jax.sharding.reshard, params, place.params)
     # check_vma=False, for kernels do not say how their outputs vary. Sums over ranks that hold the same tokens are then
     # best taken outside: the transpose of a psum would be another psum, that of this sum is local.
     y, load = jax.shard_map(

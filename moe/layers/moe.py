@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe.experts import ExpertParams, expert_layer, expert_specs
+from moe.experts import ExpertParams, QuantizedExpertParams, expert_layer, expert_specs
 from moe.layers.mlp import MLPParams, mlp, mlp_specs
 from moe.params import Normal, Param, ParamSpec, zeros
 from moe.routing import Routing, RoutingConfig, free_output, route
@@ -43,7 +43,7 @@ class MoEParams:
     """Parameters of an MoE layer. The router stays in float32 whatever the policy (keep "router")."""
 
     router: Param  # [D, E + Z]
-    experts: ExpertParams
+    experts: ExpertParams | QuantizedExpertParams
     router_bias: Param = None  # [E + Z], selection only, no gradient
     shared: MLPParams | None = None
     constants: Param = None  # [C, D], of "constant" slots
@@ -80,15 +80,18 @@ def moe(
         valid: False marks padding, which uses no expert.
         experts: another expert computation of the signature of `moe.experts.expert_layer`, for comparison.
     """
-    logits = jnp.matmul(x.astype(jnp.float32), params.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    how = cfg.routing.routed
+    router, bias = params.router, params.router_bias
+    if how.slots < cfg.routing.slots:  # masked: the very products of the layer without parameter-free slots
+        router, bias = router[:, : how.slots], None if bias is None else bias[: how.slots]
+    logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     logits = constrain(logits, "batch", "seq", None)
-    routing = route(logits, cfg.routing, bias=params.router_bias, rng=rng, replay=replay, valid=valid)
+    routing = route(logits, how, bias=bias, rng=rng, replay=replay, valid=valid)
     if experts is None:
-        grouped = cfg.routing.selection == "per_group"
-        experts = functools.partial(expert_layer, n_group=cfg.routing.n_group if grouped else 1)
+        experts = functools.partial(expert_layer, n_group=how.n_group if how.selection == "per_group" else 1)
     out = experts(params.experts, x, routing.index, routing.weights, activation=cfg.activation)
-    if any(kind != "zero" for kind, _ in cfg.routing.free):
-        out = out + free_output(routing, x, cfg.routing, params.constants)
+    if any(kind != "zero" for kind, _ in how.free):
+        out = out + free_output(routing, x, how, params.constants)
     if params.shared is not None:
         out = out + mlp(params.shared, x, activation=cfg.activation)
     return constrain(out, "batch", "seq", "embed"), routing

@@ -5,7 +5,8 @@
 
 Families: llama (SmolLM2 too), qwen3, qwen3_moe, glm4_moe_lite (GLM-4.7-Flash), longcat_flash. Loading goes leaf by leaf
 and layer by layer: each device's part is read from the mapped files and written into its array, so that the host holds
-about one layer's experts at a time. Experts of an expert-parallel mesh are read only where they live.
+a few layers' leaves at a time beside the parameters. Experts of an expert-parallel mesh are read only where they live.
+Of FP8 checkpoints (DeepSeek-V3's format) the experts stay in FP8 (`moe.experts.quantized`), both ways.
 
 `from_tensors` is the same for any source of tensors under these names (moe.models.gguf uses it).
 """
@@ -14,12 +15,13 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -29,7 +31,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moe import params as parameters
-from moe.experts import ExpertParams
+from moe.experts import ExpertParams, QuantizedExpertParams
+from moe.experts.quantized import quantize_specs
 from moe.layers.attention import GQAConfig, GQAParams, MLAConfig, MLAParams
 from moe.layers.mlp import MLPParams
 from moe.layers.moe import MoEConfig, MoEParams
@@ -44,6 +47,7 @@ from moe.models.transformer import (
     transformer_specs,
 )
 from moe.params import is_spec, path_name
+from moe.quantize import E4M3, Quantized, quantization_config, scale_format
 from moe.routing import RoutingConfig
 from moe.sharding import AxisRules
 
@@ -102,9 +106,20 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
     """The TransformerConfig of a config.json.
 
+    ZEDA's releases ("qwen3_moe_plus_plus", "glm4_moe_lite_plus_plus", and their plain names with the keys zce_nums,
+    zce_types, use_zce_mask) come out as their family with parameter-free slots; zce_target_ratio is ours.
+
     Raises:
         HFError: a model_type that is not known, a value that this decoder does not have (named).
     """
+    dynamic, config = _dynamic(config)
+    if dynamic:
+        cfg = config_from_hf(config)
+        if cfg.moe is None:
+            raise HFError(f"zce_nums {dynamic['free']} in a model without mixtures of experts")
+        return dataclasses.replace(
+            cfg, moe=dataclasses.replace(cfg.moe, routing=dataclasses.replace(cfg.moe.routing, **dynamic))
+        )
     family: Any = config.get("model_type")
     if family not in DEFAULTS:
         near = difflib.get_close_matches(str(family), DEFAULTS, 1)
@@ -181,6 +196,57 @@ def config_from_hf(config: Mapping[str, Any]) -> TransformerConfig:
             moe=mixture if any(sparse) else None, attention=attention, **common,
         )  # fmt: skip
     return TransformerConfig(layers=("dense",) * layers, hidden=c["intermediate_size"], attention=attention, **common)
+
+
+_DYNAMIC = {
+    "qwen3_moe": ("qwen3_moe_plus_plus", "Qwen3MoePlusPlusForCausalLM"),
+    "glm4_moe_lite": ("glm4_moe_lite_plus_plus", "Glm4MoeLitePlusPlusForCausalLM"),
+}
+"""model_type and class of a family's dynamic form in ZEDA's fork of transformers (TsinghuaC3I/ZEDA)."""
+
+
+def _dynamic(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of RoutingConfig, empty for a static model; the config of the static model)."""
+    families = {name: family for family, (name, _) in _DYNAMIC.items()}
+    family = config.get("model_type")
+    keys = ("zce_nums", "zce_types", "use_zce_mask", "zce_target_ratio")
+    rest = {key: value for key, value in config.items() if key not in keys}
+    if family in families:  # the fork's defaults where config.json is silent
+        config = {"zce_nums": [64], "zce_types": ["copy"], "use_zce_mask": True} | dict(config)
+        rest["model_type"] = families[family]
+    numbers, kinds = (list(config.get(key) or ()) for key in keys[:2])
+    if not any(numbers):
+        return {}, rest
+    if rest.get("model_type") not in _DYNAMIC:
+        raise HFError(f"zce_nums {numbers} with model_type {family!r}; only {', '.join(_DYNAMIC)} have dynamic forms")
+    if len(numbers) != len(kinds):
+        raise HFError(f"zce_nums {numbers} and zce_types {kinds} need the same length, one number for each type")
+    if "constant" in kinds:
+        raise HFError(
+            "zce_types has 'constant': the fork's constant experts mix x by learnt weights; only zero and copy"
+        )
+    fields: dict[str, Any] = {
+        "free": tuple((kind, number) for kind, number in zip(kinds, numbers, strict=True) if number),
+        "free_masked": bool(config.get("use_zce_mask", False)),
+    }
+    if config.get("zce_target_ratio") is not None:
+        fields["free_share"] = float(config["zce_target_ratio"])
+    return fields, rest
+
+
+def _dynamic_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    """What config.json says of parameter-free slots, for the families of `_DYNAMIC`."""
+    if cfg.moe is None or not cfg.moe.routing.free or cfg.family == "longcat_flash":
+        return {}
+    routing = cfg.moe.routing
+    if any(kind == "constant" for kind, _ in routing.free):
+        raise HFError(f"family {cfg.family!r} has no place for the constant slots {routing.free}")
+    name, architecture = _DYNAMIC[cfg.family]
+    keys: dict[str, Any] = {
+        "model_type": name, "architectures": [architecture], "zce_nums": [number for _, number in routing.free],
+        "zce_types": [kind for kind, _ in routing.free], "use_zce_mask": routing.free_masked,
+    }  # fmt: skip
+    return keys | ({} if routing.free_share is None else {"zce_target_ratio": routing.free_share})
 
 
 def _rotary(c: Mapping[str, Any], head: int, interleaved: bool) -> RotaryConfig:
@@ -319,7 +385,7 @@ def config_to_hf(cfg: TransformerConfig) -> dict[str, Any]:
             "norm_topk_prob": r.renormalise, "decoder_sparse_step": 1,
             "mlp_only_layers": [i for i, kind in enumerate(cfg.layers) if kind == "dense"],
         }  # fmt: skip
-    return c
+    return c | _dynamic_keys(cfg)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,13 +479,32 @@ def _layer_sources(cfg: TransformerConfig, index: int) -> Any:
     )
 
 
-def _sources(cfg: TransformerConfig) -> dict[str, list[_Source]]:
+_SCALE = "_scale_inv"
+
+
+def _quantized_sources(layer: Any) -> Any:
+    """The sources of a layer whose experts are QuantizedExpertParams: as stored, [out, in], and scales beside them."""
+
+    def quantized(source: _Source) -> Quantized:
+        scales = [[f"{name}{_SCALE}" for name in parts] for parts in source.names]
+        return Quantized(_Source(source.names), _Source(scales))
+
+    def experts(node: Any) -> Any:
+        if not isinstance(node, ExpertParams):
+            return node
+        return QuantizedExpertParams(quantized(node.gate_up), quantized(node.down))
+
+    return jax.tree.map(experts, layer, is_leaf=lambda node: isinstance(node, ExpertParams))
+
+
+def _sources(cfg: TransformerConfig, quantized: bool = False) -> dict[str, list[_Source]]:
     """path of a leaf of TransformerParams -> its sources: one for each layer of its run."""
     out: dict[str, list[_Source]] = {"embed": [_Source("model.embed_tokens.weight")]}
     first = 0
     for number, (_, count) in enumerate(cfg.runs):
         for index in range(first, first + count):
             layer = _layer_sources(cfg, index)
+            layer = _quantized_sources(layer) if quantized else layer
             for path, source in jax.tree_util.tree_leaves_with_path(layer, is_leaf=lambda s: isinstance(s, _Source)):
                 out.setdefault(f"runs/{number}/{path_name(path)}", []).append(source)
         first += count
@@ -471,23 +556,23 @@ def _check_names(tensors: Mapping[str, Any], cfg: TransformerConfig, sources: Ma
 
 class _Dequantised(Mapping[str, np.ndarray]):
     """Tensors whose 8-bit floats come back as float32, multiplied block by block with `NAME_scale_inv` (the FP8 format
-    of DeepSeek-V3 and Qwen3).
+    of DeepSeek-V3 and Qwen3), but for those that are `kept` as stored.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], config: Mapping[str, Any]):
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, Any], config: Mapping[str, Any], kept: Set[str]):
+        self._tensors, self._kept = tensors, kept
         self._block = (config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = np.asarray(self._tensors[name])
-        if array.dtype.itemsize > 1 or array.dtype.kind in "iub":
+        if name in self._kept or array.dtype.itemsize > 1 or array.dtype.kind in "iub":
             return array
-        if f"{name}_scale_inv" not in self._tensors:
-            raise HFError(f"{name!r} is {array.dtype} without {name}_scale_inv; fetch the whole checkpoint")
-        scale = np.asarray(self._tensors[f"{name}_scale_inv"]).astype(np.float32)
+        if f"{name}{_SCALE}" not in self._tensors:
+            raise HFError(f"{name!r} is {array.dtype} without {name}{_SCALE}; fetch the whole checkpoint")
+        scale = np.asarray(self._tensors[f"{name}{_SCALE}"]).astype(np.float32)
         wanted = tuple(-(-size // block) for size, block in zip(array.shape, self._block, strict=True))
         if scale.shape != wanted:
-            raise HFError(f"{name}_scale_inv has shape {scale.shape}, blocks of {tuple(self._block)} ask for {wanted}")
+            raise HFError(f"{name}{_SCALE} has shape {scale.shape}, blocks of {tuple(self._block)} ask for {wanted}")
         wide = np.repeat(np.repeat(scale, self._block[0], 0), self._block[1], 1)
         return array.astype(np.float32) * wide[: array.shape[0], : array.shape[1]]
 
@@ -501,25 +586,26 @@ class _Dequantised(Mapping[str, np.ndarray]):
         return name in self._tensors
 
 
-def _piece(tensors: Mapping[str, Any], source: _Source, path: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
+def _piece(
+    tensors: Mapping[str, Any], source: _Source, path: str, shape: tuple[int, ...], index: Any, dtype: Any
+) -> np.ndarray:
     """One layer's leaf, or the part of it that `index` (slices, one for each dimension) asks for."""
-
-    def one(name: str, inner: tuple[int, ...], part: Any) -> np.ndarray:
-        array = np.asarray(tensors[name])
-        flat = (int(np.prod(inner)),) if path.endswith("_bias") else tuple(inner)
-        expected = _torch_shape(inner, path) if source.linear else flat
+    names: Any = np.array(source.names)
+    if names.ndim and names.shape[1] == 1:  # [E, in, out], else [E, parts, in, out]
+        names = names[:, 0]
+    inner, part = shape[names.ndim :], index[names.ndim :]
+    flat = (math.prod(inner),) if path.endswith("_bias") else inner
+    expected = _torch_shape(inner, path) if source.linear else flat
+    names = np.asarray(names[index[: names.ndim]])
+    out = np.empty((*names.shape, *(len(range(n)[s]) for n, s in zip(inner, part, strict=True))), dtype)
+    for place in np.ndindex(names.shape):
+        array = np.asarray(tensors[str(names[place])])
         if array.shape != expected:
-            raise HFError(f"tensor {name!r} has shape {array.shape}, the config asks for {expected}")
-        array = array.T.reshape(inner) if source.linear else array.reshape(inner)
-        return array[part]
-
-    if isinstance(source.names, str):
-        return one(source.names, shape, index)
-    experts = range(len(source.names))[index[0]]
-    if len(source.names[0]) == 1:  # [E, in, out]
-        return np.stack([one(source.names[e][0], shape[1:], index[1:]) for e in experts])
-    parts = range(len(source.names[0]))[index[1]]  # [E, parts, in, out]
-    return np.stack([np.stack([one(source.names[e][p], shape[2:], index[2:]) for p in parts]) for e in experts])
+            raise HFError(f"tensor {str(names[place])!r} has shape {array.shape}, the config asks for {expected}")
+        if dtype == E4M3 and array.dtype != E4M3:
+            raise HFError(f"tensor {str(names[place])!r} is {array.dtype}, not float8_e4m3fn; load with fp8=False")
+        out[place] = (array.T if source.linear else array).reshape(inner)[part]
+    return out
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -532,6 +618,7 @@ def from_tensors(
     tensors: Mapping[str, Any],
     *,
     dtype: Any = None,
+    fp8: bool = True,
     mesh: Mesh | None = None,
     rules: AxisRules | None = None,
 ) -> tuple[TransformerParams, TransformerConfig]:
@@ -539,19 +626,30 @@ def from_tensors(
 
     Args:
         tensors: name -> numpy array, read when asked for.
-        dtype: of the parameters; default as stored. Routers and their biases are float32 in any case.
+        dtype: of the parameters; default as stored, of a quantised checkpoint that of its embedding. Routers and their
+            biases are float32 in any case.
+        fp8: where the config has a quantization_config, experts are QuantizedExpertParams, as stored (for inference;
+            the one format is that of `moe.quantize.scale_format`). False dequantises them like all other weights, and
+            takes blocks of any size.
         mesh, rules: where to place the parameters; both or neither.
 
     Raises:
         HFError: an unknown model_type; missing, extra or mis-shaped tensors, named.
+        QuantizationError: a quantization_config that experts cannot be kept in, the key named.
     """
     if (mesh is None) != (rules is None):
         raise HFError("give from_tensors both a mesh and rules, or neither")
     cfg = config_from_hf(config)
-    tensors = _Dequantised(tensors, config)
-    sources = _sources(cfg)
+    specs, quantization = transformer_specs(cfg), config.get("quantization_config") or {}
+    quantized = fp8 and bool(quantization) and cfg.mixtures > 0
+    if quantized:
+        specs = quantize_specs(specs, scale=scale_format(quantization))
+    sources = _sources(cfg, quantized)
     _check_names(tensors, cfg, sources)
-    specs = transformer_specs(cfg)
+    if quantization and dtype is None:
+        dtype = tensors[sources["embed"][0].names].dtype
+    kept = {n for path, leaf in sources.items() if path.endswith(_QUANTIZED) for source in leaf for n in source.flat()}
+    tensors = _Dequantised(tensors, config, kept)
     placed = None if mesh is None or rules is None else parameters.shardings(specs, mesh, rules)
     shardings = {} if placed is None else {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(placed)}
     leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
@@ -560,18 +658,21 @@ def from_tensors(
     ), cfg
 
 
+_QUANTIZED = ("/values", "/scale")  # ends of the paths of what stays as stored
+
+
 def _leaf(path: str, spec: Any, sources: Any, tensors: Any, dtype: Any, shardings: Mapping[str, Any]) -> jax.Array:
     sharding = shardings.get(path) or SingleDeviceSharding(jax.local_devices()[0])
     stacked = path.startswith("runs/")
     shape = spec.shape[1:] if stacked else spec.shape
     first = sources[path][0]
-    stored = tensors[first.flat()[0]].dtype
-    kept = path.endswith(("router", "router_bias"))
-    dtype = jnp.dtype(jnp.float32 if kept else stored if dtype is None else dtype)
+    if path.endswith(("router", "router_bias", *_QUANTIZED)):
+        dtype = spec.dtype
+    dtype = jnp.dtype(tensors[first.flat()[0]].dtype if dtype is None else dtype)
 
     def layer(source: _Source, where: Any) -> jax.Array:
         return jax.make_array_from_callback(
-            shape, where, lambda index: _piece(tensors, source, path, shape, index).astype(dtype)
+            shape, where, lambda index: _piece(tensors, source, path, shape, index, dtype)
         )
 
     if not stacked:
@@ -592,17 +693,18 @@ def load(
     directory: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    fp8: bool = True,
     mesh: Mesh | None = None,
     rules: AxisRules | None = None,
 ) -> tuple[TransformerParams, TransformerConfig]:
     """(params, cfg) of a checkpoint directory; see `from_tensors` for the arguments.
 
     Raises:
-        HFError, TensorFileError: naming the file or key.
+        HFError, TensorFileError, QuantizationError: naming the file or key.
     """
     path = pathlib.Path(directory)
     return from_tensors(
-        read_config(path), tensor_files.TensorFiles(path), dtype=dtype, mesh=mesh, rules=rules
+        read_config(path), tensor_files.TensorFiles(path), dtype=dtype, fp8=fp8, mesh=mesh, rules=rules
     )  # fmt: skip
 
 
@@ -626,9 +728,15 @@ def _whole(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
+def _scale_kind(params: TransformerParams) -> str | None:
+    """Of quantised experts; None where there are none."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QuantizedExpertParams))
+    return next((node.scale for node in nodes if isinstance(node, QuantizedExpertParams)), None)
+
+
 def tensors_of(params: TransformerParams, cfg: TransformerConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face's name, array) of every tensor, layer by layer."""
-    sources = _sources(cfg)
+    sources = _sources(cfg, _scale_kind(params) is not None)
     if len(params.runs) != len(cfg.runs):
         params = restack(params, cfg)
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -680,7 +788,8 @@ def save(
     writes.
 
     Args:
-        dtype: of the weights in the files; default theirs. Routers and their biases stay float32.
+        dtype: of the weights in the files; default theirs. Routers and their biases stay float32, FP8 experts as they
+            are.
         base: a config.json to start from: keys that this decoder does not know (tokens, licences) are kept.
         shard_bytes: size of a file.
         progress: called with each tensor's name.
@@ -692,13 +801,19 @@ def save(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists; give save a new folder, or remove it first")
     config = dict(base or {}) | config_to_hf(cfg)
+    config.pop("quantization_config", None)  # of a base whose weights were dequantised
+    scale = _scale_kind(params)
+    if scale is not None:
+        plain = [leaf for leaves in _sources(cfg, True).values() for leaf in leaves if leaf.linear]
+        names = ["lm_head", *(name.removesuffix(".weight") for leaf in plain for name in leaf.flat())]
+        config["quantization_config"] = quantization_config(scale=scale) | {"modules_to_not_convert": names}
     config["torch_dtype"] = str(jnp.dtype(dtype or params.embed.dtype))
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
         for name, array in tensors_of(params, cfg):
             if progress is not None:
                 progress(name)
-            kept = re.search(r"\.(gate|classifier)\.weight$|correction_bias$", name)
+            kept = array.dtype == E4M3 or re.search(r"\.(gate|classifier)\.weight$|correction_bias$|_scale_inv$", name)
             yield name, array if dtype is None or kept else array.astype(dtype)
 
     if jax.process_index():

@@ -1,11 +1,13 @@
 """Tensors of a Hugging Face directory: one or several safetensors files behind one mapping, read slice by slice.
 
-The files are memory-mapped: reading a tensor touches its own bytes only. The `safetensors` package checks the header
-and writes; its numpy reader has no 8-bit floats (0.8), so that the bytes are viewed here, with ml_dtypes.
+The files are memory-mapped: reading a tensor touches its own bytes only, and its pages are given back when the next one
+is asked for. The `safetensors` package writes; its numpy reader has no 8-bit floats (0.8), so that the bytes are viewed
+here, with ml_dtypes.
 """
 
 import json
 import math
+import mmap
 import os
 import pathlib
 import struct
@@ -22,6 +24,7 @@ SINGLE = "model.safetensors"
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
@@ -39,6 +42,8 @@ def _ends(offsets: Any) -> tuple[int, int]:
 class TensorFiles(Mapping[str, np.ndarray]):
     """name -> array (a view of the mapped file) over all safetensors files of a directory.
 
+    A view stays good after other tensors are asked for; reading it again then reads the file again.
+
     Raises:
         TensorFileError: no weights, a file named by the index that is missing, a truncated or damaged file, a tensor
             that the index places in a file that lacks it.
@@ -46,7 +51,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = pathlib.Path(directory)
-        self._where: dict[str, tuple[np.memmap, np.dtype, tuple[int, ...], int]] = {}
+        self._where: dict[str, tuple[mmap.mmap, np.dtype, tuple[int, ...], int]] = {}
+        self._touched: mmap.mmap | None = None
         index = self.directory / INDEX
         if index.is_file():
             try:
@@ -90,7 +96,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 f"{path} holds {size} bytes, its header describes {8 + length + end}: it is truncated or damaged; "
                 "fetch it again"
             )
-        data = np.memmap(path, np.uint8, "r")
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for name, (code, shape, first, last) in entries.items():
             if code not in _DTYPES:
                 raise TensorFileError(f"{path}: {name!r} is of dtype {code!r}, known: {', '.join(_DTYPES)}")
@@ -102,8 +109,12 @@ class TensorFiles(Mapping[str, np.ndarray]):
             self._where[name] = (data, dtype, shape, 8 + length + first)
 
     def __getitem__(self, name: str) -> np.ndarray:
+        # Whole files, because the kernel maps pages beside those that are read. The system still has them cached.
+        if self._touched is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._touched.madvise(mmap.MADV_DONTNEED)
         data, dtype, shape, start = self._where[name]
-        raw = data[start : start + math.prod(shape) * dtype.itemsize]
+        self._touched = data
+        raw = np.frombuffer(data, np.uint8)[start : start + math.prod(shape) * dtype.itemsize]
         aligned = raw if start % dtype.itemsize == 0 else raw.copy()
         return aligned.view(dtype).reshape(shape)
 

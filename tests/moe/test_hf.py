@@ -1,7 +1,11 @@
 """Checkpoints in and out: round trips, placement, published sizes, and what is wrong with a damaged folder."""
 
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +25,7 @@ from moe.models.transformer import transformer_specs, unstack
 from moe.sharding import FSDP_EP, make_mesh
 from tests.moe.golden import decoders
 
+SHARD = 24_000_000  # bytes
 every_family = pytest.mark.parametrize("name", decoders.CONFIGS)
 
 
@@ -90,7 +95,7 @@ def test_only_the_experts_of_a_device_are_read(tmp_path):
     source = hf._sources(cfg)[path][1]
     asked.clear()
     index = (slice(2, 4), slice(None), slice(0, 24), slice(None))
-    part = hf._piece(tensors, source, path, (8, 2, 48, 24), index)
+    part = hf._piece(tensors, source, path, (8, 2, 48, 24), index, np.float32)
     assert part.shape == (2, 2, 24, 24)
     assert sorted(asked) == [f"model.layers.1.mlp.experts.{e}.{p}_proj.weight" for e in (2, 3) for p in ("gate", "up")]
 
@@ -113,6 +118,30 @@ def test_fp8_blocks_are_multiplied_with_their_scales(tmp_path):
     del tensors[f"{name}_scale_inv"]
     with pytest.raises(HFError, match="scale_inv"):
         hf.from_tensors(config, tensors)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts of memory")
+def test_loading_holds_the_parameters_and_about_a_shard(checkout, tmp_path):
+    """Peak resident set of a process that loads 200 MB in shards of 24 MB, each of some five layers' gate and up."""
+    cfg = hf.config_from_hf(
+        decoders.CONFIGS["qwen3_moe"]
+        | dict(hidden_size=256, num_hidden_layers=32, num_experts=16, moe_intermediate_size=128, head_dim=8)
+    )
+    weights = jax.tree.map(
+        lambda spec: np.zeros(spec.shape, np.float32), transformer_specs(cfg), is_leaf=params.is_spec
+    )
+    hf.save(tmp_path / "model", weights, cfg, shard_bytes=SHARD)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 8
+    command = [sys.executable, "-m", "tests.moe.load_memory_run", str(tmp_path / "model")]
+    run = subprocess.run(
+        command, cwd=checkout, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    shutil.rmtree(tmp_path / "model")  # pytest would keep it
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["parameters"] == params.nbytes(weights) > 8 * SHARD
+    # Measured: 0.6 to 1.0 shards, a few layers' pieces. All files read first, or mapped pages that stay, make it 9.
+    assert found["above"] - found["parameters"] < 1.5 * SHARD
 
 
 PARAMETERS = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moe import params, quantize
-from moe.experts import ExpertParams, expert_specs, experts
+from moe.experts import ExpertParams, QuantizedExpertParams, expert_specs, experts, quantized, quantized_experts
 from moe.kernels import aot_cuda
 from moe.quantize import (
     E4M3,
@@ -23,7 +23,6 @@ from moe.quantize import (
     dequantize,
     quantize_blocks,
     quantize_rows,
-    quantized_experts,
 )
 
 scales = pytest.mark.parametrize("scale", SCALES)
@@ -224,15 +223,15 @@ def relative(a, b):
 @scales
 def test_experts_keep_their_layout_and_values(scale):
     p = layer()[0]
-    q = quantize.quantize_experts(p, scale=scale)
+    q = quantized.quantize_experts(p, scale=scale)
     assert q.gate_up.values.shape == (E, 2, F, D)
     assert q.gate_up.scale.shape == (E, 2, 2, 2)
     assert q.down.values.shape == (E, D, F)
-    back = quantize.dequantize_experts(q)
+    back = quantized.dequantize_experts(q)
     for name in ("gate_up", "down"):
         assert 0.01 < relative(getattr(back, name), getattr(p, name)) < 0.04
     # Transposing commutes with square blocks.
-    simulated = quantize.simulate_experts(p, scale=scale)
+    simulated = quantized.simulate_experts(p, scale=scale)
     np.testing.assert_array_equal(simulated.gate_up, back.gate_up)
     np.testing.assert_array_equal(simulated.down, back.down)
     assert params.nbytes(q) < 0.27 * params.nbytes(p)
@@ -258,10 +257,8 @@ def by_hand(q, x, index, weights, scale):
 @pytest.mark.parametrize("implementation", [None, "fp8"])  # None is "simulated" here
 def test_layer_is_what_it_says(scale, implementation):
     p, x, index, weights = layer()
-    q = quantize.quantize_experts(p, scale=scale)
-    got = jax.jit(lambda *args: quantized_experts(*args, scale=scale, implementation=implementation))(
-        q, x, index, weights
-    )
+    q = quantized.quantize_experts(p, scale=scale)
+    got = jax.jit(lambda *args: quantized_experts(*args, implementation=implementation))(q, x, index, weights)
     # A hidden element within float32 rounding of the middle of two codes may go either way, an error of 1/16 of it:
     # far less than the 3 % that quantising makes altogether.
     assert relative(got, by_hand(q, x, index, weights, scale)) < 1e-3
@@ -272,8 +269,8 @@ def test_layer_is_what_it_says(scale, implementation):
 @pytest.mark.slow
 def test_layer_in_bfloat16():
     p, x, index, weights = layer(jnp.bfloat16)
-    q = quantize.quantize_experts(p, scale="ue8m0")
-    outs = [quantized_experts(q, x, index, weights, scale="ue8m0", implementation=i) for i in quantize.IMPLEMENTATIONS]
+    q = quantized.quantize_experts(p, scale="ue8m0")
+    outs = [quantized_experts(q, x, index, weights, implementation=i) for i in quantized.IMPLEMENTATIONS]
     assert all(out.dtype == jnp.bfloat16 for out in outs)
     # With ue8m0 both multiply the very same numbers; hidden and output are rounded to bfloat16.
     assert relative(*outs) < 0.01
@@ -281,15 +278,15 @@ def test_layer_in_bfloat16():
 
 def test_weights_alone_in_fp8():
     p, x, index, weights = layer()
-    full = quantize.dequantize_experts(quantize.quantize_experts(p), x.dtype)
+    full = quantized.dequantize_experts(quantized.quantize_experts(p), x.dtype)
     assert 0.01 < relative(experts(full, x, index, weights), experts(p, x, index, weights)) < 0.06
 
 
 def test_layer_gradient_goes_straight_through():
     """The gradients of x and weights are those of the layer whose rounding is the identity plus a constant."""
     p, x, index, weights = layer()
-    q = quantize.quantize_experts(p)
-    full = quantize.dequantize_experts(q)
+    q = quantized.quantize_experts(p)
+    full = quantized.dequantize_experts(q)
     grad = jax.random.normal(jax.random.key(9), x.shape)
 
     def ours(x, weights):
@@ -313,8 +310,8 @@ def test_layer_gradient_goes_straight_through():
 
 def test_training_sees_the_rounding():
     p, x, index, weights = layer()
-    grads = jax.grad(lambda p: experts(quantize.simulate_experts(p), x, index, weights).sum())(p)
-    want = jax.grad(lambda p: experts(p, x, index, weights).sum())(quantize.simulate_experts(p))
+    grads = jax.grad(lambda p: experts(quantized.simulate_experts(p), x, index, weights).sum())(p)
+    want = jax.grad(lambda p: experts(p, x, index, weights).sum())(quantized.simulate_experts(p))
     jax.tree.map(np.testing.assert_array_equal, grads, want)
     assert float(jnp.abs(grads.down).max()) > 0
 
@@ -322,19 +319,25 @@ def test_training_sees_the_rounding():
 def test_quantize_tree_takes_experts_only():
     p = layer()[0]
     tree = {"layers": [{"experts": p, "router": jnp.ones((D, E))}], "embed": jnp.ones((10, D)), "norm": jnp.ones(D)}
-    out = quantize.quantize_tree(tree)
-    assert isinstance(out["layers"][0]["experts"], quantize.QuantizedExpertParams)
+    out = quantized.quantize_tree(tree)
+    assert isinstance(out["layers"][0]["experts"], QuantizedExpertParams)
     assert out["layers"][0]["router"] is tree["layers"][0]["router"]
     assert out["embed"] is tree["embed"]
     assert out["norm"] is tree["norm"]
 
 
-def test_specs_are_those_of_quantised_experts():
-    specs = params.abstract(quantize.quantized_expert_specs(E, D, F))
-    quantised = jax.eval_shape(quantize.quantize_experts, params.abstract(expert_specs(E, D, F)))
-    assert jax.tree.structure(specs) == jax.tree.structure(quantised)
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), specs, quantised)
+@pytest.mark.parametrize("layers", [0, 3])
+def test_specs_are_those_of_quantised_experts(layers):
+    plain = params.stack(expert_specs(E, D, F), layers) if layers else expert_specs(E, D, F)
+    specs = quantized.quantize_specs({"experts": plain}, scale="ue8m0")["experts"]
+    quantised = jax.eval_shape(functools.partial(quantized.quantize_experts, scale="ue8m0"), params.abstract(plain))
+    assert jax.tree.structure(params.abstract(specs)) == jax.tree.structure(quantised)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), params.abstract(specs), quantised)
     assert all(jax.tree.leaves(same))
+    lead = ("layer",) if layers else ()
+    assert specs.gate_up.values.axes == (*lead, "expert", None, "mlp", "embed")
+    assert specs.down.values.axes == (*lead, "expert", "embed", "mlp")
+    assert specs.down.scale.axes == (*lead, "expert", None, None)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +368,7 @@ def test_names_that_stay(name, stays):
 
 def test_bad_input_is_named():
     p, x, index, weights = layer()
-    q = quantize.quantize_experts(p)
+    q = quantized.quantize_experts(p)
     with pytest.raises(QuantizationError, match="scale 'e5m2'"):
         quantize_blocks(jnp.ones((2, 2)), scale="e5m2")
     with pytest.raises(QuantizationError, match=r"down of shape .* needs scales \(6, 2, 2\)"):
@@ -390,7 +393,9 @@ def test_checkpoint_settings():
         )
         == "float32"
     )
-    for key, value in (("quant_method", "gptq"), ("weight_block_size", [64, 64]), ("fmt", "e5m2")):
+    assert quantize.scale_format(quantize.quantization_config() | {"scale_fmt": "float"}) == "float32"
+    wrong = {"quant_method": "gptq", "weight_block_size": [64, 64], "fmt": "e5m2", "expert_dtype": "fp4"}
+    for key, value in wrong.items():
         with pytest.raises(QuantizationError, match=key):
             quantize.scale_format(quantize.quantization_config() | {key: value})
     with pytest.raises(QuantizationError, match="scale_fmt 'e5m3'"):
@@ -405,7 +410,7 @@ def test_layer_for_h100():
     """4,096 tokens of 8 experts of Qwen3-30B-A3B: both products on FP8 tensor cores, buffers as they must be."""
     tokens, top_k, e, d, f = 4096, 8, 128, 2048, 768
     q = jax.eval_shape(
-        quantize.quantize_experts,
+        quantized.quantize_experts,
         ExpertParams(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((e, 2, d, f), (e, f, d)))),
     )
     report = aot_cuda.compile_for_h100(
