@@ -30,7 +30,7 @@ class Partial:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Flat:
+class Flat:
     """`function` of a tree's leaves. Equal ones share their traces."""
 
     function: Callable[..., Any]
@@ -41,7 +41,7 @@ class _Flat:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batched:
+class Batched:
     """`function` under jax.vmap."""
 
     function: Callable[..., Any]
@@ -79,7 +79,7 @@ def _run(*flat, default, kernels):
 
 def _batch(axis, flat, dims, *, default, kernels):
     default, *others = (
-        _Batched(function, tuple(dims), axis) for function in (default, *(function for _, function in kernels))
+        Batched(function, tuple(dims), axis) for function in (default, *(function for _, function in kernels))
     )
     names = [name for name, _ in kernels]
     outputs = _choose.bind(*flat, default=default, kernels=tuple(zip(names, others, strict=True)))
@@ -112,7 +112,7 @@ def platform_dependent(*args: Any, default: Callable[..., Any], **kernels: Calla
         kernels: by platform, "tpu" or "cuda".
     """
     flat, tree = jax.tree.flatten(args)
-    function, *others = (_Flat(f, tree) for f in (default, *kernels.values()))
+    function, *others = (Flat(f, tree) for f in (default, *kernels.values()))
     shapes = jax.make_jaxpr(function, return_shape=True)(*flat)[1]
     outputs = _choose.bind(*flat, default=function, kernels=tuple(zip(kernels, others, strict=True)))
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)

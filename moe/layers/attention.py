@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from moe.kernels.attention import Where, attend_by_index
+from moe.kernels.platform import Partial
 from moe.layers import cache as caching
 from moe.layers.cache import View
 from moe.layers.norm import rms_norm
@@ -181,6 +183,8 @@ class Tokens:
         cos, sin: of its rotary angles.
         key_positions: positions of the keys of this call's own tokens, -1 for padding.
         segments: which of several packed sequences a token belongs to, or None.
+        consecutive: a promise: no negative positions, in every segment (row, without segments) indices plus a
+            constant. Calls without a cache then may use kernels that mask by index.
     """
 
     positions: Param  # [B, S] int32
@@ -188,6 +192,7 @@ class Tokens:
     sin: Param  # [B, S, half]
     key_positions: Param  # [B, S] int32
     segments: Param = None  # [B, S] int32
+    consecutive: bool = struct.field(pytree_node=False, default=False)
 
 
 def attend(
@@ -279,6 +284,26 @@ def _out(params: GQAParams | MLAParams, heads: jax.Array) -> jax.Array:
     return constrain(out, "batch", "seq", "embed")
 
 
+def _by_position(query, key, value, where, *, scale, window):
+    return attend(
+        query, key, value, query_positions=where.positions, key_positions=where.key_positions, scale=scale,
+        window=window, query_segments=where.segments, key_segments=where.segments,
+    )  # fmt: skip
+
+
+def _heads(query, key, value, tokens: Tokens, view: View | None, *, scale: float, window: int | None = None):
+    """Attention to the tokens of this call, by a kernel where there is one, or to what the cache holds."""
+    if view is not None:
+        return _by_position(
+            query, key, value, Where(tokens.positions, view.key_positions), scale=scale, window=window
+        )  # fmt: skip
+    where = Where(tokens.positions, tokens.key_positions, tokens.segments)
+    default = Partial(_by_position, scale=scale, window=window)
+    if not tokens.consecutive:
+        return default(query, key, value, where)
+    return attend_by_index(query, key, value, where, default=default, scale=scale, window=window)
+
+
 def _gqa(params, x, tokens, cfg, rows, layer, view):
     q = _project(x, params.query, params.query_bias)
     k = _project(x, params.key, params.key_bias)
@@ -287,16 +312,11 @@ def _gqa(params, x, tokens, cfg, rows, layer, view):
         q, k = rms_norm(q, params.query_norm, eps=cfg.eps), rms_norm(k, params.key_norm, eps=cfg.eps)
     q, k = (rotate(a, tokens.cos, tokens.sin, interleaved=cfg.rotary.interleaved) for a in (q, k))
     q = constrain(q, "batch", "seq", "heads", "head_dim")
-    key_positions, segments = tokens.key_positions, tokens.segments
     if view is not None:
         rows = {"key": caching.store(rows["key"], layer, view.write, k),
                 "value": caching.store(rows["value"], layer, view.write, v)}  # fmt: skip
         k, v = (caching.load(rows[name], layer, view.read).astype(x.dtype) for name in ("key", "value"))
-        key_positions, segments = view.key_positions, None
-    heads = attend(
-        q, k, v, query_positions=tokens.positions, key_positions=key_positions, scale=cfg.head_dim**-0.5,
-        window=cfg.window, query_segments=segments, key_segments=segments,
-    )  # fmt: skip
+    heads = _heads(q, k, v, tokens, view, scale=cfg.head_dim**-0.5, window=cfg.window)
     return _out(params, constrain(heads, "batch", "seq", "heads", "head_dim")), rows
 
 
@@ -317,29 +337,23 @@ def _mla(params, x, tokens, cfg, rows, layer, view):
     turn = dict(interleaved=cfg.rotary.interleaved)
     q_rope = rotate(q[..., nope:], tokens.cos, tokens.sin, **turn)
     k_rope = rotate(down[..., None, low:], tokens.cos, tokens.sin, **turn)[:, :, 0]
-    key_positions, segments = tokens.key_positions, tokens.segments
     if view is not None:
         rows = {"latent": caching.store(rows["latent"], layer, view.write, latent),
                 "rope": caching.store(rows["rope"], layer, view.write, k_rope)}  # fmt: skip
         latent, k_rope = (caching.load(rows[name], layer, view.read).astype(x.dtype) for name in ("latent", "rope"))
-        key_positions, segments = view.key_positions, None
-    where: dict[str, Any] = dict(
-        query_positions=tokens.positions, key_positions=key_positions, query_segments=segments, key_segments=segments,
-        scale=(nope + rope) ** -0.5 * softmax_factor(cfg.rotary),
-    )  # fmt: skip
+    scale = (nope + rope) ** -0.5 * softmax_factor(cfg.rotary)
     key_up, value_up = params.latent_up[..., :nope], params.latent_up[..., nope:]
     # Multiplications per key and head: expanding the latent once for all queries, or meeting it in its own space.
     new, expanded = x.shape[1], nope + cfg.value_dim
     if new * (2 * low + rope) < low * expanded + new * (expanded + rope):
         inner = jnp.einsum("bshn,rhn->bshr", q[..., :nope], key_up)
         joint = jnp.concatenate([latent, k_rope], -1)[:, :, None]
-        heads = attend(jnp.concatenate([inner, q_rope], -1), joint, latent[:, :, None], **where)
+        heads = _heads(jnp.concatenate([inner, q_rope], -1), joint, latent[:, :, None], tokens, view, scale=scale)
         heads = jnp.einsum("bshr,rhv->bshv", heads, value_up)
     else:
         k = jnp.einsum("btr,rhn->bthn", latent, key_up)
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], rope))
         v = jnp.einsum("btr,rhv->bthv", latent, value_up)
-        heads = attend(
-            jnp.concatenate([q[..., :nope], q_rope], -1), jnp.concatenate([k, shared], -1), v, **where
-        )  # fmt: skip
+        q, k = jnp.concatenate([q[..., :nope], q_rope], -1), jnp.concatenate([k, shared], -1)
+        heads = _heads(q, k, v, tokens, view, scale=scale)
     return _out(params, constrain(heads, "batch", "seq", "heads", "head_dim")), rows

@@ -248,6 +248,7 @@ def apply(
     positions: Int[Array, "B S"] | None = None,
     valid: Bool[Array, "B S"] | None = None,
     segments: Int[Array, "B S"] | None = None,
+    consecutive: bool = False,
     cache: Cache | None = None,
     replay: Int[Array, "L B S K"] | None = None,
     rng: Key[Array, ""] | None = None,
@@ -262,6 +263,9 @@ def apply(
         positions: of the tokens; default 0, 1, ... after what the cache holds. Packed segments need their own.
         valid: False marks padding: no key for others, no expert used, not stored in the cache.
         segments: packed sequences see only their own; not with a cache.
+        consecutive: a promise about `positions`: none negative, in every segment indices plus a constant, as in
+            `moe.data.PackedRows`. Attention kernels then serve (`moe.kernels.attention`); broken, they are wrong
+            without a warning. Default positions keep it by themselves; padding need not.
         cache: read, and written at the tokens' positions.
         replay: `Output.routing` of an earlier call, to be followed by every mixture.
         rng: for routers with jitter.
@@ -285,13 +289,14 @@ def apply(
         )
     if cache is not None and cache.table.shape[0] != batch:
         raise CacheError(f"tokens of {batch} sequences, a cache of {cache.table.shape[0]}; make it for the batch")
+    consecutive |= positions is None
     if positions is None:
         start = 0 if cache is None else cache.length[:, None]
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None] + start, tokens.shape)
     cos, sin = angles(positions, cfg.attention.rotary)
     key_positions = positions if valid is None else jnp.where(valid, positions, -1)
     call = _Call(
-        tokens=Tokens(positions, cos, sin, key_positions, segments),
+        tokens=Tokens(positions, cos, sin, key_positions, segments, consecutive),
         valid=valid,
         view=None if cache is None else caching.view(cache, positions, valid),
         cfg=cfg,
@@ -387,4 +392,4 @@ def _mixture(params: MoEParams, x: jax.Array, call: _Call, given: tuple[Any, Any
     assert call.cfg.moe is not None
     replay, rng = given
     y, routing = moe(params, x, cfg=call.cfg.moe, rng=rng, replay=replay, valid=call.valid, experts=call.experts)
-    return y, (routing.index, None if call.observe is None else call.observe(routing, call.cfg.moe.routing))
+    return y, (routing.index, None if call.observe is None else call.observe(routing, call.cfg.moe.routing.routed))
