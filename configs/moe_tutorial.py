@@ -38,9 +38,9 @@ class Tutorial:
     """
 
     model: TransformerConfig
-    loss: LossConfig = LossConfig()  # noqa: RUF009  (frozen)
+    loss: LossConfig = LossConfig()
     bias_rate: float = 1e-3
-    tasks: TaskConfig = TaskConfig()  # noqa: RUF009  (frozen)
+    tasks: TaskConfig = TaskConfig()
     problems: int = 20_000
     test_problems: int = 100
     text_share: float = 0.5

@@ -129,32 +129,32 @@ def gather_text(
     return documents, origin
 
 
-def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens before and after a document."""
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    assert bos is not None
-    assert eos is not None
-    return [bos], [eos]
+def ends(tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens before and after a document; some tokenizers have none."""
+    return [[] if token is None else [token] for token in (tokenizer.bos_id, tokenizer.eos_id)]
 
 
 def encode_problems(problems: Sequence[Problem], tokenizer: Tokenizer) -> data.Documents:
     """<bos> prompt answer <eos>; prompts are given, not learned. Both are tokenised apart, as decoding will."""
-    bos, eos = _ends(tokenizer)
+    bos, eos = ends(tokenizer)
     prompts = tokenizer.encode_batch([p.prompt for p in problems])
     answers = tokenizer.encode_batch([p.answer for p in problems])
     ids = [bos + prompt + answer + eos for prompt, answer in zip(prompts, answers, strict=True)]
     return data.documents(ids, prompts=[len(prompt) + 1 for prompt in prompts])
 
 
-def prepare(cfg: Tutorial, documents: Sequence[str], origin: str, seed: int) -> Data:
-    """Splits, tokenises and packs."""
+def prepare(
+    cfg: Tutorial, documents: Sequence[str], origin: str, seed: int, tokenizer: Tokenizer | None = None
+) -> Data:
+    """Splits, tokenises and packs; trains a tokenizer where none is given."""
     train, held = text.held_out(documents)
     if cfg.characters is not None:
         train = _first(train, cfg.characters)
         held = _first(held, cfg.characters // 10)
-    tokenizer = train_tokenizer(train, cfg.model.vocab)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(train, cfg.model.vocab)
 
-    bos, eos = _ends(tokenizer)
+    bos, eos = ends(tokenizer)
 
     def encode(texts: Sequence[str]) -> data.Documents:
         return data.documents([bos + ids + eos for ids in tokenizer.encode_batch(texts)])
@@ -186,7 +186,8 @@ def _first(documents: Sequence[str], characters: int) -> list[str]:
 def _look(p: TransformerParams, batch: Mapping[str, Any], *, cfg: TransformerConfig):
     segments = batch["segments"]
     out = apply(
-        p, batch["tokens"], cfg=cfg, positions=batch["positions"], segments=segments, valid=segments > 0
+        p, batch["tokens"], cfg=cfg, positions=batch["positions"], segments=segments, valid=segments > 0,
+        consecutive=True,
     )  # fmt: skip
     each = token_loss(p, out.hidden, batch["targets"])
     return each.nll, each.correct
@@ -216,7 +217,7 @@ def exact(p: TransformerParams, cfg: Tutorial, exam: Mapping[str, np.ndarray]) -
 
 def solve(p: TransformerParams, cfg: Tutorial, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[str]:
     """Greedy completions of the prompts, without the end-of-text token."""
-    bos, _ = _ends(tokenizer)
+    bos, _ = ends(tokenizer)
     prompts = [bos + ids for ids in tokenizer.encode_batch([problem.prompt for problem in problems])]
     room = max(map(len, prompts)) + 24
     engine = EngineConfig(sequences=min(64, len(prompts)), length=-(-room // 16) * 16, steps=4)
@@ -339,7 +340,7 @@ def score(p: TransformerParams, cfg: Tutorial, given: Data, out: pathlib.Path) -
 def write_on(p: TransformerParams, cfg: Tutorial, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """(beginning, continuation drawn at temperature 0.7) of a few texts."""
     starts = ["Returns the", "If the value is", "This method"]
-    bos, _ = _ends(tokenizer)
+    bos, _ = ends(tokenizer)
     prompts = [bos + tokenizer.encode(start) for start in starts]
     engine = EngineConfig(sequences=len(prompts), length=96)
     done = generate(p, cfg.model, prompts, Sampling(temperature=0.7, max_tokens=60), config=engine, seed=0)
@@ -450,7 +451,7 @@ def write_report(out: pathlib.Path, cfg: Tutorial, given: Data, results: Results
     parts += [f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items()]
     parts += ["</table><h2>Scores</h2>", results.scores.to_html(index=False, float_format="{:.3f}".format)]
     for name, (picture, caption) in pictures.items():
-        _write(out / f"{name}.png", picture)
+        write(out / f"{name}.png", picture)
         code = base64.b64encode(picture).decode("ascii")
         parts.append(
             f'<figure><img alt="{name}" src="data:image/png;base64,{code}"><figcaption>{caption}</figcaption></figure>'
@@ -459,11 +460,12 @@ def write_report(out: pathlib.Path, cfg: Tutorial, given: Data, results: Results
     parts.append("<h2>Text it writes</h2>")
     parts += [f"<pre><b>{html.escape(a)}</b>{html.escape(b)}</pre>" for a, b in results.samples]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>moe</title><style>{_CSS}</style>'
-    _write(out / "report.html", f"{head}{''.join(parts)}</html>\n".encode())
-    _write(out / "scores.csv", results.scores.to_csv(index=False).encode())
+    write(out / "report.html", f"{head}{''.join(parts)}</html>\n".encode())
+    write(out / "scores.csv", results.scores.to_csv(index=False).encode())
 
 
-def _write(path: pathlib.Path, content: bytes) -> None:
+def write(path: pathlib.Path, content: bytes) -> None:
+    """A file that is complete or not there."""
     partial = path.with_name(f".{path.name}")
     partial.write_bytes(content)
     partial.replace(path)

@@ -7,7 +7,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,9 +57,16 @@ def token_loss(
         chosen = jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
         return TokenLoss(log_z - chosen, log_z, z.argmax(-1) == targets)
 
-    batch, length = targets.shape
+    return in_chunks(part, (hidden, targets), chunk)
+
+
+def in_chunks(function: Callable[..., Any], arrays: Sequence[jax.Array], chunk: int | None) -> Any:
+    """function(*arrays) on pieces of `chunk` positions, one after another and each computed again in the backward
+    pass; results [B, S] are put together. What is [B, S, V] inside then exists as [B, chunk, V] only.
+    """
+    batch, length = arrays[0].shape[:2]
     if chunk is None or chunk >= length:
-        return part(hidden, targets)
+        return function(*arrays)
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1; None takes the whole sequence at once")
     count = -(-length // chunk)
@@ -69,7 +76,7 @@ def token_loss(
         x = jnp.pad(x, ((0, 0), (0, spare)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
-    _, out = jax.lax.scan(lambda _, item: (None, jax.checkpoint(part)(*item)), None, (split(hidden), split(targets)))
+    _, out = jax.lax.scan(lambda _, item: (None, jax.checkpoint(function)(*item)), None, tuple(map(split, arrays)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], out)
 
 
@@ -81,6 +88,8 @@ class LossConfig:
         z: coefficient of logsumexp(logits)^2, which keeps the logits of the vocabulary near 0 (PaLM 2204.02311: 1e-4).
         switch: coefficient of the load-balancing loss, mean over layers (2101.03961: 1e-2).
         router_z: coefficient of the routers' z-loss, mean over layers (2202.08906: 1e-3).
+        group: coefficient of ZEDA's two-group loss, *sum* over layers (2605.18643: 0.1), which steers the share of the
+            parameter-free slots to `RoutingConfig.free_share` and leaves the balance among experts alone.
         chunk: see `token_loss`.
         remat: recompute each layer in the backward pass.
     """
@@ -88,11 +97,12 @@ class LossConfig:
     z: float = 0.0
     switch: float = 0.01
     router_z: float = 1e-3
+    group: float = 0.0
     chunk: int | None = 256
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("z", "switch", "router_z"):
+        for name in ("z", "switch", "router_z", "group"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} {getattr(self, name)} must be finite and at least 0; 0 turns it off")
 
@@ -108,12 +118,12 @@ def language_model_loss(
 ) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """(objective, metrics) for `moe.training.make_train_step`.
 
-    The objective: "nll" in nats per counted token, and, as configured, "z", "switch", "router_z". Where routers have a
-    selection bias it also holds "balance", whose value is 0 and whose gradient with respect to each bias is the excess
-    of the load: what `balance_by_bias` steps on.
+    The objective: "nll" in nats per counted token, and, as configured, "z", "switch", "router_z", "group". Where
+    routers have a selection bias it also holds "balance", whose value is 0 and whose gradient with respect to each bias
+    is the excess of the load: what `balance_by_bias` steps on.
 
     Metrics: "accuracy", "nll/NAME" of each source, and of each mixture l "entropy/l" (nats), "max_violation/l",
-    "load/l/e" (share of the slots that expert e won).
+    "load/l/e" (share of the slots that expert e won), and with parameter-free slots "free_fraction/l" (their share).
 
     Args:
         batch: tokens, targets, segments, positions [B, S] int32, mask [B, S] bool, source [B] int32.
@@ -121,17 +131,9 @@ def language_model_loss(
         sources: names of the values of `source`.
     """
 
-    def observe(routing: routers.Routing, cfg: routers.RoutingConfig) -> dict[str, Any]:
-        return {
-            "switch": routers.switch_loss(routing, cfg, coefficient=loss.switch),
-            "router_z": routers.z_loss(routing, coefficient=loss.router_z),
-            "counts": routers.counts(routing),
-            "statistics": routers.statistics(routing, cfg),
-        }
-
     out = apply(
         params, batch["tokens"], cfg=cfg, positions=batch["positions"], segments=batch["segments"],
-        valid=batch["segments"] > 0, rng=rng, observe=observe if cfg.mixtures else None, remat=loss.remat,
+        valid=batch["segments"] > 0, consecutive=True, rng=rng, observe=router_observer(loss, cfg), remat=loss.remat,
     )  # fmt: skip
     each = token_loss(params, out.hidden, batch["targets"], chunk=loss.chunk)
     mask = batch["mask"]
@@ -141,20 +143,55 @@ def language_model_loss(
         metrics[f"nll/{name}"] = Mean.of(jax.lax.stop_gradient(each.nll), mask & (batch["source"] == number)[:, None])
     if loss.z:
         objective["z"] = Mean.of(loss.z * each.log_z**2, mask)
+    terms, reports = router_terms(params, out.observed, loss, cfg)
+    return objective | terms, metrics | reports
+
+
+def router_observer(loss: LossConfig, cfg: TransformerConfig) -> Any:
+    """What `apply` is to observe of every mixture for `router_terms`; None for a model without mixtures."""
+
+    def observe(routing: routers.Routing, how: routers.RoutingConfig) -> dict[str, Any]:
+        seen = {
+            "switch": routers.switch_loss(routing, how, coefficient=loss.switch),
+            "router_z": routers.z_loss(routing, coefficient=loss.router_z),
+            "counts": routers.counts(routing),
+            "statistics": routers.statistics(routing, how),
+        }
+        if loss.group:
+            if how.free_share is None:
+                raise ValueError(f"group {loss.group} needs RoutingConfig.free_share; moe.zeda.convert sets it")
+            shares = 1 - how.free_share, how.free_share
+            seen["group"] = routers.group_loss(
+                routing, how, (how.experts, how.free_slots), shares=shares, coefficient=loss.group, with_bias=False
+            )
+        return seen
+
+    return observe if cfg.mixtures else None
+
+
+def router_terms(
+    params: TransformerParams, seen: Any, loss: LossConfig, cfg: TransformerConfig
+) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """(terms of the objective, metrics) of what `router_observer` saw: see `language_model_loss`."""
+    objective: dict[str, Mean] = {}
+    metrics: dict[str, Mean] = {}
     if not cfg.mixtures:
         return objective, metrics
-    seen = out.observed
+    assert cfg.moe is not None
     for name in ("switch", "router_z"):
         if getattr(loss, name):
             objective[name] = jax.tree.map(jnp.sum, seen[name])
+    if loss.group:  # the sum over layers: means over the same tokens
+        objective["group"] = Mean(seen["group"].total.sum(), seen["group"].weight.mean())
     biases = selection_biases(params)
     if biases is not None:
         objective["balance"] = _balance(biases, seen["counts"], cfg)
+    names = ("entropy", "max_violation", *(("free_fraction",) if cfg.moe.routing.routed.free else ()))
     for layer in range(cfg.mixtures):
-        for name in ("entropy", "max_violation"):
+        for name in names:
             metrics[f"{name}/{layer}"] = jax.tree.map(lambda x, at=layer: x[at], seen["statistics"][name])
         counts = seen["counts"][layer].astype(jnp.float32)
-        for e in range(counts.shape[0]):
+        for e in range(cfg.moe.routing.experts):
             metrics[f"load/{layer}/{e}"] = Mean(counts[e], counts.sum())
     return objective, metrics
 
@@ -169,31 +206,45 @@ def selection_biases(params: TransformerParams) -> Float[Array, "L E"] | None:
     return jnp.concatenate(found) if found else None
 
 
-# Keeps the balance gradient, a number of tokens, out of the global norm that clips the others; its sign is all that
-# counts.
+# Keeps the balance gradient out of the global norm that clips the others; `balance_by_bias` undoes it.
 _TINY = 1e-12
 
 
 def _balance(biases: jax.Array, counts: jax.Array, cfg: TransformerConfig) -> Mean:
     assert cfg.moe is not None
-    real = cfg.moe.routing.experts
-    load = counts.astype(jnp.float32)
-    excess = jnp.where(jnp.arange(load.shape[1]) < real, load - load[:, :real].mean(-1, keepdims=True), 0)
-    value = (excess * (biases - jax.lax.stop_gradient(biases))).sum()
-    return Mean(_TINY * value, jnp.float32(1))
+    how, load = cfg.moe.routing, counts.astype(jnp.float32)
+    total = load.sum(-1, keepdims=True)
+    wanted = load[:, : how.experts].mean(-1, keepdims=True)
+    if how.free_share is not None:
+        wanted = total * (1 - how.free_share) / how.experts
+    excess = jnp.where(jnp.arange(load.shape[1]) < how.experts, load - wanted, 0)
+    value = (excess * (biases[:, : load.shape[1]] - jax.lax.stop_gradient(biases[:, : load.shape[1]]))).sum()
+    return Mean(_TINY * value, total.mean())
 
 
-def balance_by_bias(optimizer: optax.GradientTransformation, rate: float = 1e-3) -> optax.GradientTransformation:
-    """`optimizer` for all parameters but the routers' selection biases, which move by rate * sign(mean load - load).
+def balance_by_bias(
+    optimizer: optax.GradientTransformation, rate: float = 1e-3, *, rule: str = "sign"
+) -> optax.GradientTransformation:
+    """`optimizer` for all parameters but the routers' selection biases, which move by their own rule.
 
-    That is `moe.routing.update_bias` (2408.15664; DeepSeek-V3's rate: 1e-3) as an optimiser: with the "balance" term of
-    `language_model_loss` as its gradient, loads are summed over micro-batches and devices like any gradient. Parameter-
-    free slots keep their bias.
+    "sign": rate * sign(mean load - load), `moe.routing.update_bias` (2408.15664; DeepSeek-V3's rate: 1e-3).
+    "proportional": rate * ((1 - rho) / E - share of all slots that the expert won), LongCat-Flash's controller
+    (2509.01322) of the share rho of parameter-free slots.
+
+    With the "balance" term of `language_model_loss` as gradient, loads are summed over micro-batches and devices like
+    any gradient. Where `RoutingConfig.free_share` is set both aim at (1 - rho) / E of all slots for every expert, else
+    at the experts' mean. Parameter-free slots keep their bias.
+
+    Raises:
+        ValueError: another rule.
     """
+    rules = {"sign": optax.sign_sgd(rate), "proportional": optax.sgd(rate / _TINY)}
+    if rule not in rules:
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(map(repr, rules))}")
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "bias" if path_name(path).endswith("router_bias") else "rest", params
         )
 
-    return optax.partition({"bias": optax.sign_sgd(rate), "rest": optimizer}, labels)
+    return optax.partition({"bias": rules[rule], "rest": optimizer}, labels)

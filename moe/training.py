@@ -83,7 +83,7 @@ class Mean:
         return jnp.where(some, self.total / jnp.where(some, self.weight, 1), 0)
 
 
-LossFn: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Mapping[str, Any]]]
+LossFn: TypeAlias = Callable[..., tuple[Any, Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +243,9 @@ def make_train_step(
     policy: Policy = Policy(),
     shardings: TrainState | None = None,
 ) -> jax.stages.Wrapped:
-    """The jitted function step(state, batch) -> (state, metrics). `state` is donated: use the returned one.
+    """The jitted function step(state, batch, *frozen) -> (state, metrics). `state` is donated: use the returned one.
+    `frozen` is handed to loss_fn(params, batch, rng, *frozen) as it is: a teacher's parameters, say, which are neither
+    trained, cast nor split into micro-batches.
 
     Args:
         loss_fn: see the module's docstring.
@@ -264,19 +266,19 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
 
-    def terms_of(params, batch, rng):
-        objective, metrics = loss_fn(policy.cast(params), batch, rng)
+    def terms_of(params, batch, rng, frozen):
+        objective, metrics = loss_fn(policy.cast(params), batch, rng, *frozen)
         return _means(objective, "loss"), _means(metrics, "metric")
 
-    def contribution(params, batch, rng, weights):
-        terms, metrics = terms_of(params, batch, rng)
+    def contribution(params, batch, rng, frozen, weights):
+        terms, metrics = terms_of(params, batch, rng, frozen)
         weights = {name: term.weight for name, term in terms.items()} if weights is None else weights
         parts = {name: Mean(term.total, jax.lax.stop_gradient(weights[name])) for name, term in terms.items()}
         return sum(part.value() for part in parts.values()), (terms, metrics)
 
-    def gradients(params, batch, rng):
+    def gradients(params, batch, rng, frozen):
         if accumulate == 1:
-            return jax.grad(contribution, has_aux=True)(params, batch, jax.random.fold_in(rng, 0), None)
+            return jax.grad(contribution, has_aux=True)(params, batch, jax.random.fold_in(rng, 0), frozen, None)
         micro = (_split(batch, accumulate), jnp.arange(accumulate))
 
         def add(tree, other):
@@ -286,24 +288,27 @@ def make_train_step(
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), tree)
 
         def weigh(total, item):
-            terms, _ = terms_of(params, item[0], jax.random.fold_in(rng, item[1]))
+            terms, _ = terms_of(params, item[0], jax.random.fold_in(rng, item[1]), frozen)
             return add(total, {name: term.weight for name, term in terms.items()}), None
 
         def accumulate_one(total, item):
-            got = jax.grad(contribution, has_aux=True)(params, item[0], jax.random.fold_in(rng, item[1]), weights)
+            key = jax.random.fold_in(rng, item[1])
+            got = jax.grad(contribution, has_aux=True)(params, item[0], key, frozen, weights)
             return add(total, got), None
 
         first = jax.tree.map(lambda leaf: leaf[0], micro)
-        shapes = jax.eval_shape(lambda item: terms_of(params, item[0], rng)[0], first)
+        shapes = jax.eval_shape(lambda item: terms_of(params, item[0], rng, frozen)[0], first)
         weights, _ = jax.lax.scan(weigh, zeros({name: term.weight for name, term in shapes.items()}), micro)
-        grads = jax.eval_shape(lambda item: jax.grad(contribution, has_aux=True)(params, item[0], rng, weights), first)
+        grads = jax.eval_shape(
+            lambda item: jax.grad(contribution, has_aux=True)(params, item[0], rng, frozen, weights), first
+        )
         (grads, aux), _ = jax.lax.scan(accumulate_one, zeros(grads), micro)
         return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), aux
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if (ema_decay is not None) != (state.ema_params is not None):
             raise ValueError(f"ema_decay={ema_decay} needs a state made with ema={ema_decay is not None}")
-        grads, (terms, metrics) = gradients(state.params, batch, jax.random.fold_in(state.rng, state.step))
+        grads, (terms, metrics) = gradients(state.params, batch, jax.random.fold_in(state.rng, state.step), frozen)
         taken = {"loss", "grad_norm", "skipped", "skipped_run"} & metrics.keys()
         if taken:
             raise ValueError(f"loss_fn reports {sorted(taken)}, names that the train step uses itself; rename them")

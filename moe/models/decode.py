@@ -820,7 +820,7 @@ class Engine:
         replay = None
         if known:
             assert self.cfg.moe is not None
-            routing = self.cfg.moe.routing
+            routing = self.cfg.moe.routing.routed
             replay = np.full((self.cfg.mixtures, rows, length, routing.top_k), routing.slots, np.int32)
         for row, sequence in enumerate(group):
             start[row] = sequence.computed

@@ -1,0 +1,460 @@
+"""Makes a trained mixture of experts skip half of its slots (ZEDA, 2605.18643), beside what else there is.
+
+    python examples/train_moe.py --config configs/moe_tutorial.py:teacher --out out/teacher
+    python examples/zeda.py --teacher out/teacher --out out/zeda --seeds 0 1 2
+    python examples/zeda.py --teacher path/to/a/hugging-face/moe --text my/*.txt --out out/mine
+
+The teacher is a run of train_moe.py or a Hugging Face directory with its tokenizer. It answers prompts (stage 1), then
+every variant is adapted to it and measured on held-out text and problems: held-out loss, problems solved, share of
+slots skipped layer by layer, divergence from the teacher, how far expert loads have moved, and whether tokens that the
+teacher finds easy are those that skip. OUT receives results.csv, summary.csv, zeda.png, skips.png, students/.
+
+Killed and started again with the same command, finished variants are kept.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import pandas as pd
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from tqdm import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # presets and examples are not installed
+
+from configs.zeda import Zeda
+from examples import train_moe as tutorial
+from moe import data, tasks, text, training, zeda
+from moe.config import add_config_arguments, config_from_arguments
+from moe.distill import distillation_loss, divergence, rollouts
+from moe.models import hf
+from moe.models.decode import Engine, EngineConfig
+from moe.models.sampling import Sampling
+from moe.models.tokenizer import Tokenizer, from_directory
+from moe.models.transformer import TransformerConfig, TransformerParams, apply, logits
+from moe.objectives import LossConfig, language_model_loss
+from moe.params import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen model with what it is tested on and the prompts it answers."""
+
+    params: TransformerParams
+    cfg: TransformerConfig
+    given: tutorial.Data
+    prompts: list[list[int]]
+    limits: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to spend fewer expert FLOPs.
+
+    Attributes:
+        kind: of the slots added, None: none.
+        top_k: experts of a token, as a share of the teacher's.
+        loss: router losses of both stages.
+        zero_experts: as a multiple of the preset's.
+        sft, opd: whether the stages are run.
+        replay: the training forward of stage 2 follows the roll-out's routing.
+    """
+
+    kind: str | None = "zero"
+    top_k: float = 1.0
+    loss: LossConfig = LossConfig(switch=0.0, router_z=0.0, group=0.1)
+    zero_experts: int = 1
+    sft: bool = True
+    opd: bool = True
+    replay: bool = True
+
+
+QUIET = LossConfig(switch=0.0, router_z=0.0)
+VARIANTS = {
+    "ZEDA": Variant(),
+    "ZEDA, stage 1 only": Variant(opd=False),
+    "ZEDA, stage 2 only": Variant(sft=False),
+    "ZEDA, no replay": Variant(replay=False),
+    "zero experts, not adapted": Variant(sft=False, opd=False),
+    "copy experts": Variant(kind="copy"),
+    "switch loss on every expert": Variant(loss=LossConfig(switch=0.1, router_z=0.0), zero_experts=2),
+    "half of K, not adapted": Variant(kind=None, top_k=0.5, sft=False, opd=False),
+    "half of K, distilled": Variant(kind=None, top_k=0.5, loss=QUIET),
+}
+"""With the switch loss as many zero experts as experts make half of the slots free where all are used alike."""
+
+
+# ---- the teacher
+def load_teacher(cfg: Zeda, folder: pathlib.Path, files: Sequence[pathlib.Path], out: pathlib.Path) -> Teacher:
+    """Reads the model and draws prompts: half beginnings of training text, half problems."""
+    model = folder / "model" if (folder / "model").is_dir() else folder
+    params, model_cfg = hf.load(model)
+    if model_cfg.moe is None:
+        raise zeda.ZedaError(f"{model} holds a {model_cfg.family} without mixtures of experts; give a sparse model")
+    cache = folder / "data" if (folder / "data" / "text.json").exists() and not files else out / "data"
+    documents, origin = tutorial.gather_text(files, None, cache)
+    given = tutorial.prepare(cfg.tutorial, documents, origin, 0, from_directory(model))
+    rng, half = np.random.default_rng(0), cfg.samples // 2
+    problems = tasks.problems(cfg.tutorial.tasks, -(-half // len(cfg.tutorial.tasks.families)), seed=1)
+    start = tutorial.ends(given.tokenizer)[0]
+    asked = [start + ids for ids in given.tokenizer.encode_batch([p.prompt for p in problems])]
+    train, _ = text.held_out(documents)
+    pieces = [train[i] for i in rng.integers(0, len(train), half)]
+    begun = []
+    for ids in given.tokenizer.encode_batch(
+        [piece[at : at + 80] for piece, at in zip(pieces, _starts(pieces, rng), strict=True)]
+    ):
+        begun.append((start + ids)[: cfg.text_prompt])
+    begun = [ids for ids in begun if len(ids) > len(start)]
+    order = rng.permutation(len(asked) + len(begun))
+    prompts, limits = asked + begun, [24] * len(asked) + [cfg.text_tokens] * len(begun)
+    return Teacher(params, model_cfg, given, [prompts[i] for i in order], [limits[i] for i in order])
+
+
+def _starts(pieces: Sequence[str], rng: np.random.Generator) -> list[int]:
+    """A word boundary somewhere in each text."""
+    spots = [piece.find(" ", int(rng.integers(0, max(1, len(piece) - 80)))) for piece in pieces]
+    return [max(0, spot) for spot in spots]
+
+
+def engine(params: TransformerParams, cfg: TransformerConfig, rows: int, length: int) -> Engine:
+    return Engine(params, cfg, EngineConfig(sequences=rows, length=length, record_routing=True, steps=4))
+
+
+def answers(teacher: Teacher, cfg: Zeda, out: pathlib.Path) -> data.PackedRows:
+    """Stage 1's text: what the teacher writes at temperature 1, drawn once for all variants."""
+    path = out / "answers.npz"
+    if not path.exists():
+        writer = engine(teacher.params, teacher.cfg, 64, cfg.tutorial.length)
+        found = []
+        for first in tqdm(range(0, len(teacher.prompts), 512), desc="the teacher answers", unit="x512"):
+            some = slice(first, first + 512)
+            wanted = [Sampling(temperature=1.0, max_tokens=limit) for limit in teacher.limits[some]]
+            found += writer.generate(teacher.prompts[some], wanted, seed=first)
+        ids = [np.concatenate([one.prompt, one.tokens]) for one in found]
+        partial = path.with_name(".answers.npz")
+        np.savez(
+            partial,
+            tokens=np.concatenate(ids),
+            sizes=[len(one) for one in ids],
+            given=[len(one.prompt) for one in found],
+        )
+        partial.replace(path)
+    stored = np.load(path)
+    ids = np.split(stored["tokens"], np.cumsum(stored["sizes"])[:-1])
+    kept = data.documents([one.tolist() for one in ids], prompts=stored["given"].tolist())
+    return data.PackedRows(kept, length=cfg.tutorial.length)
+
+
+# ---- adapting
+def adam(rate: Any, cfg: Zeda) -> optax.GradientTransformation:
+    def decayed(p: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path_name(path), p)
+
+    return optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=cfg.weight_decay, mask=decayed)
+
+
+def start(variant: Variant, teacher: Teacher, cfg: Zeda, seed: int) -> tuple[TransformerParams, TransformerConfig]:
+    """The student before any training."""
+    params = jax.tree.map(jnp.copy, teacher.params)
+    assert teacher.cfg.moe is not None
+    student = zeda.fewer_experts(teacher.cfg, max(1, round(variant.top_k * teacher.cfg.moe.routing.top_k)))
+    if variant.kind is None:
+        return params, student
+    return zeda.convert(
+        params, student, zero_experts=variant.zero_experts * cfg.zero_experts, target_zero_ratio=cfg.target,
+        key=jax.random.key(1000 + seed), kind=variant.kind,
+    )  # fmt: skip
+
+
+def stage_one(
+    params: TransformerParams,
+    student: TransformerConfig,
+    teacher: Teacher,
+    rows: data.PackedRows,
+    variant: Variant,
+    cfg: Zeda,
+    seed: int,
+) -> TransformerParams:
+    """Training on the teacher's answers: on their tokens, or on its distributions."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.sft_learning_rate, cfg.sft_steps // 10, cfg.sft_steps)
+    optimizer, router = adam(schedule, cfg), _scaled(variant.loss, cfg)
+
+    def loss(p: Any, batch: Any, rng: Any, frozen: Any) -> Any:
+        if cfg.sft_form == "nll":
+            return language_model_loss(p, batch, cfg=student, loss=router, rng=rng)
+        return distillation_loss(
+            p, batch, frozen, cfg=student, teacher_cfg=teacher.cfg, loss=router, form=cfg.sft_form, rng=rng
+        )
+
+    step = training.make_train_step(loss, optimizer, clip_norm=cfg.clip, policy=training.Policy(keep=("router",)))
+    state = training.init_state(params, optimizer, jax.random.key(seed))
+    feed = iter(data.batches([rows], batch=cfg.tutorial.batch, seed=seed))
+    for i in (bar := tqdm(range(cfg.sft_steps), desc="stage 1", unit="step", leave=False)):
+        state, metrics = step(state, next(feed), teacher.params)
+        if i % 10 == 0:
+            bar.set_postfix_str(f"loss {float(metrics['loss']):.3f}", refresh=False)
+    return state.params
+
+
+def stage_two(
+    params: TransformerParams, student: TransformerConfig, teacher: Teacher, variant: Variant, cfg: Zeda, seed: int
+) -> TransformerParams:
+    """On-policy distillation: the student writes, the teacher judges every token."""
+    optimizer = adam(cfg.opd_learning_rate, cfg)
+
+    def loss(p: Any, batch: Any, rng: Any, frozen: Any) -> Any:
+        return distillation_loss(
+            p, batch, frozen, cfg=student, teacher_cfg=teacher.cfg, loss=_scaled(variant.loss, cfg), form=cfg.opd_form,
+            rng=rng,
+        )  # fmt: skip
+
+    step = training.make_train_step(loss, optimizer, clip_norm=cfg.clip, policy=training.Policy(keep=("router",)))
+    state = training.init_state(params, optimizer, jax.random.key(seed))
+    writer = engine(state.params, student, cfg.opd_prompts * cfg.opd_samples, cfg.tutorial.length)
+    rng = np.random.default_rng(seed)
+    for i in (bar := tqdm(range(cfg.opd_steps), desc="stage 2", unit="roll-out", leave=False)):
+        chosen = rng.choice(len(teacher.prompts), cfg.opd_prompts, replace=False)
+        wanted = [Sampling(temperature=1.0, max_tokens=teacher.limits[c], n=cfg.opd_samples) for c in chosen]
+        writer.update(state.params)
+        drawn = writer.generate([teacher.prompts[c] for c in chosen], wanted, seed=1000 * seed + i)
+        batch = rollouts(
+            drawn, length=cfg.tutorial.length, cfg=student, replay=variant.replay and student.moe is not None
+        )
+        state, metrics = step(state, batch, teacher.params)
+        bar.set_postfix_str(f"kl {float(metrics['kl']):.4f}", refresh=False)
+    return state.params
+
+
+def _scaled(loss: LossConfig, cfg: Zeda) -> LossConfig:
+    return dataclasses.replace(loss, group=cfg.alpha) if loss.group else loss
+
+
+# ---- measuring
+@functools.partial(jax.jit, static_argnames=("cfg", "teacher_cfg"))
+def _look(p, batch, teacher, *, cfg, teacher_cfg):
+    where: dict[str, Any] = dict(
+        positions=batch["positions"], segments=batch["segments"], valid=batch["segments"] > 0, consecutive=True
+    )
+    mine, theirs = (
+        apply(p, batch["tokens"], cfg=cfg, **where),
+        apply(teacher, batch["tokens"], cfg=teacher_cfg, **where),
+    )
+    kl = divergence(p, mine.hidden, teacher, theirs.hidden, form="forward_kl")
+    share = jax.nn.log_softmax(logits(teacher, theirs.hidden), -1)
+    return kl, mine.routing, theirs.routing, -(jnp.exp(share) * share).sum(-1)
+
+
+def measure(params: TransformerParams, student: TransformerConfig, teacher: Teacher, cfg: Zeda) -> dict[str, float]:
+    """Held-out figures of a model beside the teacher's."""
+    given, how = teacher.given, dataclasses.replace(cfg.tutorial, model=student)
+    total, _ = tutorial.text_loss(params, how, given.held_out)
+    right = tutorial.exact(params, how, given.exam)
+    family = np.asarray([problem.family for problem in given.test])
+    assert student.moe is not None
+    assert teacher.cfg.moe is not None
+    experts, before = student.moe.routing.experts, teacher.cfg.moe.routing.top_k
+    row = {"text": total / given.held_out_bytes, "solved": float(right.mean())}
+    row |= {f"solved/{name}": float(right[family == name].mean()) for name in cfg.tutorial.tasks.families}
+    kls, used, entropies, mine, theirs = [], [], [], [], []
+    written = [given.held_out[i] for i in range(min(cfg.tutorial.evaluation_rows, len(given.held_out)))]
+    asked = [{key: values[i] for key, values in given.exam.items()} for i in range(len(given.test))]
+    for batch in (*data.in_order(written, cfg.tutorial.batch), *data.in_order(asked, 4 * cfg.tutorial.batch)):
+        kl, routing, reference, entropy = _look(params, batch, teacher.params, cfg=student, teacher_cfg=teacher.cfg)
+        real = np.asarray(batch["segments"]) > 0
+        kls.append(np.asarray(kl)[batch["mask"]])
+        used.append((np.asarray(routing) < experts).sum(-1)[:, real])
+        entropies.append(np.asarray(entropy)[real])
+        mine.append(np.asarray(routing)[:, real])
+        theirs.append(np.asarray(reference)[:, real])
+    spent = np.concatenate(used, 1) / before  # [L, T]
+    entropy = np.concatenate(entropies)
+    loads = [zeda.load_shares(np.concatenate(x, 1), experts) for x in (mine, theirs)]
+    row |= {"kl": float(np.concatenate(kls).mean()), "skipped": float(1 - spent.mean())}
+    row |= {f"skipped/{layer}": float(1 - s.mean()) for layer, s in enumerate(spent)}
+    row["load divergence"] = float(zeda.load_divergence(*loads).mean())
+    hard = entropy > np.median(entropy)
+    row |= {"skipped, easy": float(1 - spent[:, ~hard].mean()), "skipped, hard": float(1 - spent[:, hard].mean())}
+    row["skip and entropy"] = float(pd.Series(1 - spent.mean(0)).corr(pd.Series(entropy), method="spearman"))
+    return row
+
+
+def run_variant(
+    name: str, teacher: Teacher, rows: data.PackedRows, cfg: Zeda, seed: int, out: pathlib.Path
+) -> dict[str, Any]:
+    """Adapts and measures; the student is kept in OUT/students."""
+    variant, begun = VARIANTS[name], time.perf_counter()
+    params, student = start(variant, teacher, cfg, seed)
+    if variant.sft:
+        params = stage_one(params, student, teacher, rows, variant, cfg, seed)
+    if variant.opd:
+        params = stage_two(params, student, teacher, variant, cfg, seed)
+    if name == "ZEDA":
+        folder = out / "students" / f"zeda-{seed}"
+        if not folder.exists():
+            hf.save(folder, params, student)
+            teacher.given.tokenizer.save(folder)
+    row = measure(params, student, teacher, cfg)
+    return {"variant": name, "seed": seed, **row, "seconds": time.perf_counter() - begun}
+
+
+# ---- results
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds and the half-width of a 95 % t interval, of the figures that matter, beside the teacher."""
+    from scipy import stats
+
+    reference = table[table.variant == "teacher"].iloc[0]
+    table = table.assign(
+        **{"text, % over the teacher": 100 * (table.text / reference.text - 1),
+           "solved, points under the teacher": 100 * (reference.solved - table.solved)}
+    )  # fmt: skip
+    rows = []
+    for name, part in table.groupby("variant", sort=False):
+        row: dict[str, Any] = {"variant": name, "seeds": len(part)}
+        for column in ("skipped", "text, % over the teacher", "solved, points under the teacher", "kl",
+                       "load divergence", "skipped, easy", "skipped, hard", "skip and entropy"):  # fmt: skip
+            row[column] = part[column].mean()
+            if len(part) > 1:
+                row[f"{column} ±"] = stats.t.ppf(0.975, len(part) - 1) * part[column].std() / len(part) ** 0.5
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw(summary: pd.DataFrame, table: pd.DataFrame, layers: int, target: float) -> Figure:
+    """What is lost against what is skipped, and where."""
+    with matplotlib.rc_context(tutorial.STYLE):
+        figure = Figure(figsize=(11.5, 4.0), layout="constrained")
+        loss, solved, depth = figure.subplots(1, 3)
+        shown = summary[summary.variant != "teacher"]
+        for number, (_, row) in enumerate(shown.iterrows()):
+            colour, marker = tutorial.PALETTE[number % 8], "osD^vPX<>"[number % 9]
+            for axis, column in ((loss, "text, % over the teacher"), (solved, "solved, points under the teacher")):
+                error = float(row.get(f"{column} ±", np.nan))  # pyright: ignore[reportArgumentType]
+                axis.errorbar(100 * row.skipped, row[column], yerr=None if np.isnan(error) else error, color=colour,
+                              marker=marker, ms=5, ls="", label=row.variant)  # fmt: skip
+        for axis, title, unit in (
+            (loss, "Held-out text", "loss, % over the teacher"),
+            (solved, "Problems", "points lost"),
+        ):
+            axis.set(title=title, xlabel="expert FLOPs skipped (%)", ylabel=unit)
+            axis.set_yscale("symlog", linthresh=1)
+            axis.axhline(0, color="#777777", lw=0.8)
+        solved.legend(fontsize=7, loc="upper left")
+        for number, name in enumerate(name for name in table.variant.unique() if name.startswith(("ZEDA", "switch"))):
+            mean = table[table.variant == name][[f"skipped/{i}" for i in range(layers)]].mean()
+            depth.plot(
+                range(1, layers + 1), 100 * mean, marker="o", ms=3, color=tutorial.PALETTE[number % 8], label=name
+            )
+        depth.axhline(100 * target, color="#777777", lw=0.8, ls=":")
+        depth.set(title="Skipped, layer by layer", xlabel="layer", ylabel="%", ylim=(0, 100))
+        depth.set_xticks(range(1, layers + 1))
+        depth.legend(fontsize=7)
+        return figure
+
+
+def draw_skips(params: TransformerParams, cfg: TransformerConfig, tokenizer: Tokenizer, shown: Sequence[str]) -> Figure:
+    """Texts with each token on the colour of the share of its slots that were skipped."""
+    assert cfg.moe is not None
+    lines: list[list[tuple[str, float]]] = []
+    for one in shown:
+        ids = tutorial.ends(tokenizer)[0] + tokenizer.encode(one)
+        index = apply(params, jnp.asarray(ids, jnp.int32)[None], cfg=cfg).routing
+        skipped = np.asarray(index >= cfg.moe.routing.experts).mean((0, 1, 3))
+        line: list[tuple[str, float]] = []
+        for i, part in list(zip(ids, skipped, strict=True))[len(tutorial.ends(tokenizer)[0]) :]:
+            word = tokenizer.decode([i]).replace("\n", "⏎") or "·"
+            if sum(len(w) for w, _ in line) + len(word) > 100:
+                lines.append(line)
+                line = []
+            line.append((word, float(part)))
+        lines += [line, []]
+    with matplotlib.rc_context(tutorial.STYLE):
+        figure = Figure(figsize=(11.5, 0.9 + 0.24 * len(lines)), layout="constrained")
+        axis = figure.subplots()
+        colours = matplotlib.colormaps["viridis"]
+        for row, line in enumerate(lines):
+            column = 0
+            for word, part in line:
+                shade = colours(part)
+                dark = sum(shade[:3]) < 1.5
+                axis.add_patch(Rectangle((column, -row - 0.5), len(word), 0.92, color=shade, lw=0))
+                axis.text(column + len(word) / 2, -row - 0.05, word, ha="center", va="center", fontsize=7,
+                          family="monospace", color="white" if dark else "black")  # fmt: skip
+                column += len(word)
+        axis.set(xlim=(0, 104), ylim=(-len(lines), 1), title="Share of slots skipped, token by token (all layers)")
+        axis.set_axis_off()
+        scale = ScalarMappable(Normalize(0, 1), colours)
+        figure.colorbar(scale, ax=axis, shrink=0.8, label="skipped")
+        return figure
+
+
+def run(
+    cfg: Zeda, teacher_folder: pathlib.Path, out: pathlib.Path, *, seeds: Sequence[int], variants: Sequence[str],
+    files: Sequence[pathlib.Path] = (),
+) -> pd.DataFrame:  # fmt: skip
+    """Everything; returns the summary."""
+    out.mkdir(parents=True, exist_ok=True)
+    teacher = load_teacher(cfg, teacher_folder, files, out)
+    rows = answers(teacher, cfg, out)
+    path = out / "results.csv"
+    done = pd.read_csv(path).to_dict("records") if path.exists() else []
+    finished = {(row["variant"], row["seed"]) for row in done}
+    jobs = [("teacher", 0)] + [(name, seed) for seed in seeds for name in variants]
+    for name, seed in tqdm([job for job in jobs if job not in finished], desc="variants", unit="run"):
+        if name == "teacher":
+            row: dict[str, Any] = {"variant": name, "seed": 0, **measure(teacher.params, teacher.cfg, teacher, cfg)}
+        else:
+            row = run_variant(name, teacher, rows, cfg, seed, out)
+        done.append(row)
+        tutorial.write(path, pd.DataFrame(done).to_csv(index=False).encode())
+        tqdm.write(
+            f"{name}, seed {seed}: text {row['text']:.4f}, solved {row['solved']:.3f}, skipped {row['skipped']:.3f}"
+        )
+    table = pd.DataFrame(done)
+    summary = summarise(table)
+    tutorial.write(out / "summary.csv", summary.to_csv(index=False).encode())
+    figure = draw(summary, table, teacher.cfg.mixtures, cfg.target)
+    tutorial.write(out / "zeda.png", tutorial.png(figure))
+    student = out / "students" / f"zeda-{seeds[0]}"
+    if student.exists():
+        params, model = hf.load(student)
+        texts = [p.prompt + p.answer for p in teacher.given.test[:: max(1, len(teacher.given.test) // 6)]]
+        texts.append("Returns the value of the first argument, or None if the list of keys is empty.")
+        tutorial.write(out / "skips.png", tutorial.png(draw_skips(params, model, teacher.given.tokenizer, texts)))
+    print(summary.to_string(index=False, float_format="{:.3f}".format))
+    return summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add_config_arguments(
+        parser, default=f"{pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'zeda.py'}:default"
+    )
+    parser.add_argument("--teacher", type=pathlib.Path, required=True, help="run of train_moe.py, or a model directory")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for everything this run makes")
+    parser.add_argument("--text", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="text for prompts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    given = parser.parse_args(arguments)
+    run(
+        config_from_arguments(given), given.teacher, given.out, seeds=given.seeds, variants=given.variants,
+        files=given.text,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
