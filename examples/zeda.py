@@ -93,6 +93,7 @@ VARIANTS = {
     "switch loss on every expert": Variant(loss=LossConfig(switch=0.1, router_z=0.0), zero_experts=2),
     "half of K, not adapted": Variant(kind=None, top_k=0.5, sft=False, opd=False),
     "half of K, distilled": Variant(kind=None, top_k=0.5, loss=QUIET),
+    "half of K, stage 1 only": Variant(kind=None, top_k=0.5, loss=QUIET, opd=False),
 }
 """With the switch loss as many zero experts as experts make half of the slots free where all are used alike."""
 

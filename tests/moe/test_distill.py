@@ -137,6 +137,7 @@ def test_bad_requests():
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_micro_batches_and_the_teacher_as_an_argument():
     """The same update in one piece and in two; the teacher stays as it was."""
     student, scfg, teacher, cfg = pair()

@@ -307,6 +307,7 @@ def test_the_group_loss_reaches_its_target(target):
     assert float(metrics["loss/group"]) == pytest.approx(0.2, rel=0.1)  # alpha a layer at the fixed point, summed
 
 
+@pytest.mark.slow
 def test_the_proportional_controller_reaches_its_target():
     """LongCat-Flash's rule moves the experts' bias; the zero experts' stays."""
     p, cfg = static_model()
@@ -392,6 +393,7 @@ def test_transformers_with_silent_experts_agrees(name, tmp_path):
     np.testing.assert_allclose(run_forward(student, jnp.asarray(tokens), cfg=scfg), wanted, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_decoding_skips_and_records():
     p, cfg = static_model()
     student, scfg = convert(p, cfg, zero_experts=Z, key=KEY)
