@@ -47,7 +47,7 @@ from moe.models.decode import EngineConfig, generate
 from moe.models.sampling import Sampling
 from moe.models.tokenizer import Tokenizer, from_directory
 from moe.models.transformer import TransformerConfig, TransformerParams, apply, forward, transformer_specs
-from moe.objectives import balance_by_bias, language_model_loss, selection_biases, token_loss
+from moe.objectives import balance_by_bias, language_model_loss, token_loss
 from moe.tasks import Problem
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}  # ids 0, 1, 2 of configs.moe_tutorial
@@ -236,11 +236,12 @@ def optimizer(cfg: Tutorial) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in params.path_name(path), p)
 
     adam = optax.adamw(schedule, b2=0.95, weight_decay=cfg.weight_decay, mask=decayed)
-    return balance_by_bias(adam, cfg.bias_rate) if _by_bias(cfg) else adam
+    return balance_by_bias(adam, cfg.bias_rate) if by_bias(cfg) else adam
 
 
-def _by_bias(cfg: Tutorial) -> bool:
-    return selection_biases(transformer_specs(cfg.model)) is not None
+def by_bias(cfg: Tutorial) -> bool:
+    """Whether the routers are balanced by a selection bias."""
+    return cfg.model.moe is not None and cfg.model.moe.routing.selection_bias
 
 
 def train(cfg: Tutorial, given: Data, out: pathlib.Path, *, seed: int, progress: bool) -> TransformerParams:
@@ -501,7 +502,7 @@ def run(
     facts = {
         "text": f"{origin}; {sum(map(len, documents)):,} characters, digest {given.fingerprint}",
         "model": f"{cfg.model.family}, {size:,} parameters, {layers} layers of {routing.experts} experts, "
-        f"{routing.top_k} a token, balanced by {'selection bias' if _by_bias(cfg) else 'the switch loss'}",
+        f"{routing.top_k} a token, balanced by {'selection bias' if by_bias(cfg) else 'the switch loss'}",
         "training": f"{cfg.steps:,} steps of {cfg.batch} x {cfg.length} positions, seed {seed}",
         "speed": f"{positions:,.0f} positions per second (median), on {jax.devices()[0].platform}",
     }

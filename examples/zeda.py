@@ -335,16 +335,17 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(summary: pd.DataFrame, table: pd.DataFrame, layers: int, target: float) -> Figure:
-    """What is lost against what is skipped, and where."""
+    """What is lost against what is skipped (95 % intervals from three seeds on), and where."""
     with matplotlib.rc_context(tutorial.STYLE):
-        figure = Figure(figsize=(11.5, 4.0), layout="constrained")
+        figure = Figure(figsize=(11.5, 4.4), layout="constrained")
         loss, solved, depth = figure.subplots(1, 3)
         shown = summary[summary.variant != "teacher"]
         for number, (_, row) in enumerate(shown.iterrows()):
             colour, marker = tutorial.PALETTE[number % 8], "osD^vPX<>"[number % 9]
             for axis, column in ((loss, "text, % over the teacher"), (solved, "solved, points under the teacher")):
                 error = float(row.get(f"{column} ±", np.nan))  # pyright: ignore[reportArgumentType]
-                axis.errorbar(100 * row.skipped, row[column], yerr=None if np.isnan(error) else error, color=colour,
+                known = row.seeds >= 3 and not np.isnan(error)
+                axis.errorbar(100 * row.skipped, row[column], yerr=error if known else None, color=colour,
                               marker=marker, ms=5, ls="", label=row.variant)  # fmt: skip
         for axis, title, unit in (
             (loss, "Held-out text", "loss, % over the teacher"),
@@ -353,7 +354,7 @@ def draw(summary: pd.DataFrame, table: pd.DataFrame, layers: int, target: float)
             axis.set(title=title, xlabel="expert FLOPs skipped (%)", ylabel=unit)
             axis.set_yscale("symlog", linthresh=1)
             axis.axhline(0, color="#777777", lw=0.8)
-        solved.legend(fontsize=7, loc="upper left")
+        figure.legend(*solved.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
         for number, name in enumerate(name for name in table.variant.unique() if name.startswith(("ZEDA", "switch"))):
             mean = table[table.variant == name][[f"skipped/{i}" for i in range(layers)]].mean()
             depth.plot(

@@ -149,3 +149,7 @@ def test_the_tokenizer_writes_any_text_and_keeps_digits_apart():
     ]  # fmt: skip
     assert len(tokenizer.encode("345")) == 3
     assert len(tokenizer.encode("the")) < 3
+
+
+def test_balance_by_bias_is_chosen_where_routers_have_one():
+    assert [train_moe.by_bias(preset()) for preset in (moe_tutorial.bias, moe_tutorial.default)] == [True, False]
