@@ -403,12 +403,25 @@ def draw_skips(params: TransformerParams, cfg: TransformerConfig, tokenizer: Tok
         return figure
 
 
+def tie(out: pathlib.Path, setting: str) -> None:
+    """Ties OUT to one preset, teacher and text: rows of different ones must not stand in one table.
+
+    Raises:
+        SystemExit: OUT holds results of another setting.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "setting.txt"
+    if path.exists() and path.read_text() != setting:
+        raise SystemExit(f"{out} holds results of another preset, teacher or text ({path}); choose another --out")
+    tutorial.write(path, setting.encode())
+
+
 def run(
     cfg: Zeda, teacher_folder: pathlib.Path, out: pathlib.Path, *, seeds: Sequence[int], variants: Sequence[str],
     files: Sequence[pathlib.Path] = (),
 ) -> pd.DataFrame:  # fmt: skip
     """Everything; returns the summary."""
-    out.mkdir(parents=True, exist_ok=True)
+    tie(out, f"{cfg}\n{teacher_folder.resolve()}\n{sorted(map(str, files))}\n")
     teacher = load_teacher(cfg, teacher_folder, files, out)
     rows = answers(teacher, cfg, out)
     path = out / "results.csv"

@@ -8,6 +8,7 @@ import sys
 import pandas as pd
 import pytest
 
+from examples import zeda as example
 from moe import text
 from moe.models import hf
 
@@ -46,3 +47,10 @@ def test_from_the_command_line(tmp_path):
     before = (out / "results.csv").read_bytes()
     call(*command)
     assert (out / "results.csv").read_bytes() == before, "nothing is computed twice"
+
+
+def test_results_of_another_setting_are_not_mixed(tmp_path):
+    example.tie(tmp_path / "out", "one")
+    example.tie(tmp_path / "out", "one")
+    with pytest.raises(SystemExit, match="another preset, teacher or text"):
+        example.tie(tmp_path / "out", "two")
