@@ -16,7 +16,10 @@ class Zeda:
         zero_experts: Z.
         target: share of slots to skip.
         alpha: of the group loss.
-        samples: prompts of stage 1, half text and half problems, one answer of the teacher each.
+        samples: prompts of stage 1, one answer of the teacher each.
+        text_share: share of the prompts that are beginnings of texts; the others are problems. An eighth is about the
+            teacher's own mixture of tokens, as texts are long.
+        test_problems: held-out problems of each family that students are measured on, fewer where a family is small.
         text_prompt: tokens of a text prompt.
         text_tokens: that the teacher (stage 1) or student (stage 2) writes on.
         sft_steps, sft_learning_rate: stage 1: cosine to 0 after a tenth of warm-up.
@@ -32,10 +35,12 @@ class Zeda:
     zero_experts: int = 8
     target: float = 0.5
     alpha: float = 0.1
-    samples: int = 8000
+    samples: int = 12_000
+    text_share: float = 0.125
+    test_problems: int = 300
     text_prompt: int = 8
     text_tokens: int = 88
-    sft_steps: int = 800
+    sft_steps: int = 400
     sft_learning_rate: float = 5e-4
     sft_form: str = "forward_kl"
     opd_steps: int = 100
@@ -55,5 +60,6 @@ def default() -> Zeda:
 def smoke() -> Zeda:
     """The same path in seconds, for tests; its scores mean nothing."""
     return Zeda(
-        smoke_tutorial(), zero_experts=2, samples=32, text_tokens=24, sft_steps=6, opd_steps=2, opd_prompts=4,
+        smoke_tutorial(), zero_experts=3, samples=32, test_problems=8, text_tokens=24, sft_steps=6, opd_steps=2,
+        opd_prompts=4,
     )  # fmt: skip

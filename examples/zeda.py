@@ -7,15 +7,19 @@
 The teacher is a run of train_moe.py or a Hugging Face directory with its tokenizer. It answers prompts (stage 1), then
 every variant is adapted to it and measured on held-out text and problems: held-out loss, problems solved, share of
 slots skipped layer by layer, divergence from the teacher, how far expert loads have moved, and whether tokens that the
-teacher finds easy are those that skip. OUT receives results.csv, summary.csv, zeda.png, skips.png, students/.
+teacher finds easy are those that skip. OUT receives runs/, results.csv, summary.csv, margins.csv, zeda.png, skips.png,
+students/.
 
-Killed and started again with the same command, finished variants are kept.
+Killed and started again with the same command, finished variants are kept. Several processes may share OUT, with
+different seeds or variants.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +41,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # prese
 
 from configs.zeda import Zeda
 from examples import train_moe as tutorial
-from moe import data, tasks, text, training, zeda
+from moe import data, dynamic, tasks, text, training, zeda
 from moe.config import add_config_arguments, config_from_arguments
 from moe.distill import distillation_loss, divergence, rollouts
 from moe.models import hf
@@ -45,7 +49,7 @@ from moe.models.decode import Engine, EngineConfig
 from moe.models.sampling import Sampling
 from moe.models.tokenizer import Tokenizer, from_directory
 from moe.models.transformer import TransformerConfig, TransformerParams, apply, logits
-from moe.objectives import LossConfig, language_model_loss
+from moe.objectives import LossConfig, balance_by_bias, language_model_loss
 from moe.params import path_name
 
 
@@ -65,42 +69,55 @@ class Variant:
     """One way to spend fewer expert FLOPs.
 
     Attributes:
-        kind: of the slots added, None: none.
-        top_k: experts of a token, as a share of the teacher's.
-        loss: router losses of both stages.
+        kind: "zero", "copy" or "constant" slots (`moe.zeda`), a router of `moe.dynamic`, or "fewer" experts.
+        loss: router losses of both stages; the preset's alpha where `group` is not 0.
         zero_experts: as a multiple of the preset's.
+        target: share of slots to skip, None: the preset's.
         sft, opd: whether the stages are run.
         replay: the training forward of stage 2 follows the roll-out's routing.
     """
 
-    kind: str | None = "zero"
-    top_k: float = 1.0
+    kind: str = "zero"
     loss: LossConfig = LossConfig(switch=0.0, router_z=0.0, group=0.1)
-    zero_experts: int = 1
+    zero_experts: float = 1.0
+    target: float | None = None
     sft: bool = True
     opd: bool = True
     replay: bool = True
 
 
 QUIET = LossConfig(switch=0.0, router_z=0.0)
+EACH = LossConfig(switch=0.1, router_z=0.0)
 VARIANTS = {
-    "ZEDA": Variant(),
     "ZEDA, stage 1 only": Variant(opd=False),
+    "ZEDA": Variant(),
+    "half of K, not adapted": Variant("fewer", QUIET, sft=False, opd=False),
+    "half of K, stage 1 only": Variant("fewer", QUIET, opd=False),
+    "half of K, distilled": Variant("fewer", QUIET),
+    "top-p, not adapted": Variant("top_p", QUIET, sft=False, opd=False),
+    "top-p, stage 1 only": Variant("top_p", QUIET, opd=False),
+    "top-p, distilled": Variant("top_p", QUIET),
+    "DynMoE thresholds, stage 1 only": Variant("threshold", QUIET, opd=False),
+    "AdaMoE, stage 1 only": Variant("null", dataclasses.replace(EACH, pool_free=True), opd=False),
+    "MoE++, stage 1 only": Variant("moe++", EACH, opd=False),
+    "switch loss on every slot, stage 1 only": Variant(loss=EACH, opd=False),
     "ZEDA, stage 2 only": Variant(sft=False),
     "ZEDA, no replay": Variant(replay=False),
     "zero experts, not adapted": Variant(sft=False, opd=False),
-    "copy experts": Variant(kind="copy"),
-    "switch loss on every expert": Variant(loss=LossConfig(switch=0.1, router_z=0.0), zero_experts=2),
-    "half of K, not adapted": Variant(kind=None, top_k=0.5, sft=False, opd=False),
-    "half of K, distilled": Variant(kind=None, top_k=0.5, loss=QUIET),
-    "half of K, stage 1 only": Variant(kind=None, top_k=0.5, loss=QUIET, opd=False),
+    "copy experts, stage 1 only": Variant("copy", opd=False),
+    "ZEDA, Z / 2, stage 1 only": Variant(zero_experts=0.5, opd=False),
+    "ZEDA, 2 Z, stage 1 only": Variant(zero_experts=2.0, opd=False),
+    "ZEDA, target 1/3, stage 1 only": Variant(target=1 / 3, opd=False),
+    "ZEDA, target 2/3, stage 1 only": Variant(target=2 / 3, opd=False),
 }
-"""With the switch loss as many zero experts as experts make half of the slots free where all are used alike."""
+"""All use the preset's slots, steps and learning rate. The target is the share of all slots; with Z = E / 2 targets of
+1/3, 1/2 and 2/3 are the source's w = 1, 2 and 4.
+"""
 
 
 # ---- the teacher
 def load_teacher(cfg: Zeda, folder: pathlib.Path, files: Sequence[pathlib.Path], out: pathlib.Path) -> Teacher:
-    """Reads the model and draws prompts: half beginnings of training text, half problems."""
+    """Reads the model and draws prompts: beginnings of training text, and problems."""
     model = folder / "model" if (folder / "model").is_dir() else folder
     params, model_cfg = hf.load(model)
     if model_cfg.moe is None:
@@ -108,12 +125,16 @@ def load_teacher(cfg: Zeda, folder: pathlib.Path, files: Sequence[pathlib.Path],
     cache = folder / "data" if (folder / "data" / "text.json").exists() and not files else out / "data"
     documents, origin = tutorial.gather_text(files, None, cache)
     given = tutorial.prepare(cfg.tutorial, documents, origin, 0, from_directory(model))
-    rng, half = np.random.default_rng(0), cfg.samples // 2
-    problems = tasks.problems(cfg.tutorial.tasks, -(-half // len(cfg.tutorial.tasks.families)), seed=1)
+    exam = tasks.problems(cfg.tutorial.tasks, cfg.test_problems, seed=0, held_out=True, fewer=True)
+    encoded = tutorial.encode_problems(exam, given.tokenizer)
+    given = dataclasses.replace(given, test=exam, exam=data.padded(encoded, int(np.diff(encoded.starts).max()) - 1))
+    rng, texts = np.random.default_rng(0), max(1, round(cfg.text_share * cfg.samples))
+    each = -(-(cfg.samples - texts) // len(cfg.tutorial.tasks.families))
+    problems = tasks.problems(cfg.tutorial.tasks, each, seed=1)
     start = tutorial.ends(given.tokenizer)[0]
     asked = [start + ids for ids in given.tokenizer.encode_batch([p.prompt for p in problems])]
     train, _ = text.held_out(documents)
-    pieces = [train[i] for i in rng.integers(0, len(train), half)]
+    pieces = [train[i] for i in rng.integers(0, len(train), texts)]
     begun = []
     for ids in given.tokenizer.encode_batch(
         [piece[at : at + 80] for piece, at in zip(pieces, _starts(pieces, rng), strict=True)]
@@ -165,20 +186,30 @@ def adam(rate: Any, cfg: Zeda) -> optax.GradientTransformation:
     def decayed(p: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path_name(path), p)
 
-    return optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=cfg.weight_decay, mask=decayed)
+    return balance_by_bias(optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=cfg.weight_decay, mask=decayed))
 
 
-def start(variant: Variant, teacher: Teacher, cfg: Zeda, seed: int) -> tuple[TransformerParams, TransformerConfig]:
-    """The student before any training."""
-    params = jax.tree.map(jnp.copy, teacher.params)
-    assert teacher.cfg.moe is not None
-    student = zeda.fewer_experts(teacher.cfg, max(1, round(variant.top_k * teacher.cfg.moe.routing.top_k)))
-    if variant.kind is None:
-        return params, student
-    return zeda.convert(
-        params, student, zero_experts=variant.zero_experts * cfg.zero_experts, target_zero_ratio=cfg.target,
-        key=jax.random.key(1000 + seed), kind=variant.kind,
+def start(
+    variant: Variant, teacher: Teacher, rows: data.PackedRows, cfg: Zeda, seed: int
+) -> tuple[TransformerParams, TransformerConfig]:
+    """The student before any training; cuts are placed on the teacher's answers."""
+    params, model = jax.tree.map(jnp.copy, teacher.params), teacher.cfg
+    assert model.moe is not None
+    target = cfg.target if variant.target is None else variant.target
+    if variant.kind == "fewer":
+        return params, zeda.fewer_experts(model, max(1, round((1 - target) * model.moe.routing.top_k)))
+    cuts = {"top_p": dynamic.top_p, "threshold": dynamic.thresholds}
+    if variant.kind in cuts:
+        params, model = cuts[variant.kind](params, model, target_zero_ratio=target)
+        feed = iter(data.batches([rows], batch=8 * cfg.tutorial.batch, seed=seed))
+        return dynamic.calibrate(params, model, [next(feed)]), model
+    slots: dict[str, Any] = dict(
+        zero_experts=max(1, round(variant.zero_experts * cfg.zero_experts)), target_zero_ratio=target,
+        key=jax.random.key(1000 + seed),
     )  # fmt: skip
+    if variant.kind in ("null", "moe++"):
+        return {"null": dynamic.null_experts, "moe++": dynamic.moe_plus_plus}[variant.kind](params, model, **slots)
+    return zeda.convert(params, model, kind=variant.kind, **slots)
 
 
 def stage_one(
@@ -270,37 +301,55 @@ def measure(params: TransformerParams, student: TransformerConfig, teacher: Teac
     experts, before = student.moe.routing.experts, teacher.cfg.moe.routing.top_k
     row = {"text": total / given.held_out_bytes, "solved": float(right.mean())}
     row |= {f"solved/{name}": float(right[family == name].mean()) for name in cfg.tutorial.tasks.families}
-    kls, used, entropies, mine, theirs = [], [], [], [], []
     written = [given.held_out[i] for i in range(min(cfg.tutorial.evaluation_rows, len(given.held_out)))]
     asked = [{key: values[i] for key, values in given.exam.items()} for i in range(len(given.test))]
-    for batch in (*data.in_order(written, cfg.tutorial.batch), *data.in_order(asked, 4 * cfg.tutorial.batch)):
-        kl, routing, reference, entropy = _look(params, batch, teacher.params, cfg=student, teacher_cfg=teacher.cfg)
+    batches = [(True, batch) for batch in data.in_order(written, cfg.tutorial.batch)]
+    batches += [(False, batch) for batch in data.in_order(asked, 4 * cfg.tutorial.batch)]
+    parts: list[tuple[np.ndarray, ...]] = []  # of every token: prose?, target counted?, kl, entropy, both models' slots
+    for prose, batch in batches:
+        seen = _look(params, batch, teacher.params, cfg=student, teacher_cfg=teacher.cfg)
         real = np.asarray(batch["segments"]) > 0
-        kls.append(np.asarray(kl)[batch["mask"]])
-        used.append((np.asarray(routing) < experts).sum(-1)[:, real])
-        entropies.append(np.asarray(entropy)[real])
-        mine.append(np.asarray(routing)[:, real])
-        theirs.append(np.asarray(reference)[:, real])
-    spent = np.concatenate(used, 1) / before  # [L, T]
-    entropy = np.concatenate(entropies)
-    loads = [zeda.load_shares(np.concatenate(x, 1), experts) for x in (mine, theirs)]
-    row |= {"kl": float(np.concatenate(kls).mean()), "skipped": float(1 - spent.mean())}
-    row |= {f"skipped/{layer}": float(1 - s.mean()) for layer, s in enumerate(spent)}
+        kl, routing, reference, entropy = map(np.asarray, seen)
+        slots = (array[:, real].swapaxes(0, 1) for array in (routing, reference))
+        parts.append((np.full(real.sum(), prose), batch["mask"][real], kl[real], entropy[real], *slots))
+    prose, counted, kl, entropy, mine, theirs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    skipped = 1 - (mine < experts).sum(-1) / before  # [T, L]
+    loads = [zeda.load_shares(slots.swapaxes(0, 1), experts) for slots in (mine, theirs)]
+    row |= {"kl": float(kl[counted].mean()), "skipped": float(skipped.mean())}
+    row |= {f"skipped/{layer}": float(part) for layer, part in enumerate(skipped.mean(0))}
     row["load divergence"] = float(zeda.load_divergence(*loads).mean())
-    hard = entropy > np.median(entropy)
-    row |= {"skipped, easy": float(1 - spent[:, ~hard].mean()), "skipped, hard": float(1 - spent[:, hard].mean())}
-    row["skip and entropy"] = float(pd.Series(1 - spent.mean(0)).corr(pd.Series(entropy), method="spearman"))
+    for name, kind in (("text", prose), ("problems", ~prose)):
+        hard = entropy[kind] > np.median(entropy[kind])
+        row[f"kl, {name}"] = float(kl[counted & kind].mean())
+        row[f"skipped, {name}"] = float(skipped[kind].mean())
+        row[f"skipped, easy {name}"] = float(skipped[kind][~hard].mean())
+        row[f"skipped, hard {name}"] = float(skipped[kind][hard].mean())
+        each = pd.Series(skipped[kind].mean(-1))
+        varied = each.nunique() > 1
+        row[f"skip and entropy, {name}"] = each.corr(pd.Series(entropy[kind]), method="spearman") if varied else np.nan
     return row
 
 
+@dataclasses.dataclass
+class Halfway:
+    """The last student after stage 1, for the next variant that begins with the same."""
+
+    key: Any = None
+    params: Any = None
+
+
 def run_variant(
-    name: str, teacher: Teacher, rows: data.PackedRows, cfg: Zeda, seed: int, out: pathlib.Path
+    name: str, teacher: Teacher, rows: data.PackedRows, cfg: Zeda, seed: int, out: pathlib.Path, halfway: Halfway
 ) -> dict[str, Any]:
-    """Adapts and measures; the student is kept in OUT/students."""
+    """Adapts and measures; ZEDA's student is kept in OUT/students."""
     variant, begun = VARIANTS[name], time.perf_counter()
-    params, student = start(variant, teacher, cfg, seed)
+    params, student = start(variant, teacher, rows, cfg, seed)
+    key = dataclasses.replace(variant, opd=False, replay=True), seed
+    if variant.sft and halfway.key != key:
+        halfway.params = stage_one(params, student, teacher, rows, variant, cfg, seed)
+        halfway.key = key
     if variant.sft:
-        params = stage_one(params, student, teacher, rows, variant, cfg, seed)
+        params = jax.tree.map(jnp.copy, halfway.params)
     if variant.opd:
         params = stage_two(params, student, teacher, variant, cfg, seed)
     if name == "ZEDA":
@@ -313,6 +362,44 @@ def run_variant(
 
 
 # ---- results
+def slug(name: str, seed: int) -> str:
+    return re.sub("[^a-z0-9]+", "-", f"{name}-{seed}".lower())
+
+
+def gather(out: pathlib.Path) -> pd.DataFrame:
+    """One row for each finished run, the teacher's first, then as in VARIANTS."""
+    rows = [json.loads(path.read_text()) for path in (out / "runs").glob("*.json")]
+    order = ["teacher", *VARIANTS]
+    return pd.DataFrame(sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"])))
+
+
+def margins(table: pd.DataFrame, of: str = "ZEDA, stage 1 only") -> pd.DataFrame:
+    """What every variant loses beyond `of`, seed by seed: mean and half-width of a 95 % t interval of the paired
+    differences, with the slots that either skips.
+    """
+    from scipy import stats
+
+    reference, rows = table[table.variant == "teacher"].iloc[0], []
+    mine = table[table.variant == of].set_index("seed")
+    for name, part in table.groupby("variant", sort=False):
+        both = mine.join(part.set_index("seed"), rsuffix=" other", how="inner")
+        if name in ("teacher", of) or both.empty:
+            continue
+        row: dict[str, Any] = {"variant": name, "seeds": len(both)}
+        differences = {
+            "skipped more": both["skipped other"] - both.skipped,
+            "text, %": 100 * (both["text other"] - both.text) / reference.text,
+            "solved, points": 100 * (both.solved - both["solved other"]),
+            "kl": both["kl other"] - both.kl,
+        }
+        for column, values in differences.items():
+            row[column] = values.mean()
+            if len(both) > 1:
+                row[f"{column} ±"] = stats.t.ppf(0.975, len(both) - 1) * values.std() / len(both) ** 0.5
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds and the half-width of a 95 % t interval, of the figures that matter, beside the teacher."""
     from scipy import stats
@@ -325,8 +412,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, part in table.groupby("variant", sort=False):
         row: dict[str, Any] = {"variant": name, "seeds": len(part)}
-        for column in ("skipped", "text, % over the teacher", "solved, points under the teacher", "kl",
-                       "load divergence", "skipped, easy", "skipped, hard", "skip and entropy"):  # fmt: skip
+        for column in ("skipped", "skipped, text", "skipped, problems", "text, % over the teacher",
+                       "solved, points under the teacher", "kl", "load divergence", "skip and entropy, text",
+                       "skip and entropy, problems"):  # fmt: skip
             row[column] = part[column].mean()
             if len(part) > 1:
                 row[f"{column} ±"] = stats.t.ppf(0.975, len(part) - 1) * part[column].std() / len(part) ** 0.5
@@ -424,23 +512,25 @@ def run(
     tie(out, f"{cfg}\n{teacher_folder.resolve()}\n{sorted(map(str, files))}\n")
     teacher = load_teacher(cfg, teacher_folder, files, out)
     rows = answers(teacher, cfg, out)
-    path = out / "results.csv"
-    done = pd.read_csv(path).to_dict("records") if path.exists() else []
-    finished = {(row["variant"], row["seed"]) for row in done}
-    jobs = [("teacher", 0)] + [(name, seed) for seed in seeds for name in variants]
-    for name, seed in tqdm([job for job in jobs if job not in finished], desc="variants", unit="run"):
+    (out / "runs").mkdir(exist_ok=True)
+    jobs, halfway = [("teacher", 0)] + [(name, seed) for seed in seeds for name in variants], Halfway()
+    for name, seed in (bar := tqdm(jobs, desc="variants", unit="run")):
+        path = out / "runs" / f"{slug(name, seed)}.json"
+        if path.exists():
+            continue
         if name == "teacher":
             row: dict[str, Any] = {"variant": name, "seed": 0, **measure(teacher.params, teacher.cfg, teacher, cfg)}
         else:
-            row = run_variant(name, teacher, rows, cfg, seed, out)
-        done.append(row)
-        tutorial.write(path, pd.DataFrame(done).to_csv(index=False).encode())
-        tqdm.write(
-            f"{name}, seed {seed}: text {row['text']:.4f}, solved {row['solved']:.3f}, skipped {row['skipped']:.3f}"
+            row = run_variant(name, teacher, rows, cfg, seed, out, halfway)
+        tutorial.write(path, json.dumps(row, indent=1).encode())
+        bar.write(
+            f"{name}, seed {seed}: text {row['text']:.4f}, solved {row['solved']:.3f}, skipped {row['skipped']:.3f}, "
+            f"kl {row['kl']:.4f}"
         )
-    table = pd.DataFrame(done)
+    table = gather(out)
     summary = summarise(table)
-    tutorial.write(out / "summary.csv", summary.to_csv(index=False).encode())
+    for name, made in (("results", table), ("summary", summary), ("margins", margins(table))):
+        tutorial.write(out / f"{name}.csv", made.to_csv(index=False).encode())
     figure = draw(summary, table, teacher.cfg.mixtures, cfg.target)
     tutorial.write(out / "zeda.png", tutorial.png(figure))
     student = out / "students" / f"zeda-{seeds[0]}"

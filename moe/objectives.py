@@ -17,8 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from moe import routing as routers
-from moe.layers.moe import MoEParams
-from moe.models.transformer import ShortcutParams, TransformerConfig, TransformerParams, apply, logits
+from moe.models.transformer import TransformerConfig, TransformerParams, apply, logits, mixtures_of
 from moe.params import Param, path_name
 from moe.training import Mean
 
@@ -86,7 +85,10 @@ class LossConfig:
 
     Attributes:
         z: coefficient of logsumexp(logits)^2, which keeps the logits of the vocabulary near 0 (PaLM 2204.02311: 1e-4).
-        switch: coefficient of the load-balancing loss, mean over layers (2101.03961: 1e-2).
+        switch: coefficient of the load-balancing loss, mean over layers (2101.03961: 1e-2). Every slot is steered to
+            the same share, or where `RoutingConfig.free_share` is set, experts to (1 - rho) / E and parameter-free
+            slots to rho / Z each (MoE++'s heterogeneous loss, with its tau = (1 - rho) Z / (rho E)).
+        pool_free: `switch` sees the parameter-free slots as one (AdaMoE averages their loads).
         router_z: coefficient of the routers' z-loss, mean over layers (2202.08906: 1e-3).
         group: coefficient of ZEDA's two-group loss, *sum* over layers (2605.18643: 0.1), which steers the share of the
             parameter-free slots to `RoutingConfig.free_share` and leaves the balance among experts alone.
@@ -98,6 +100,7 @@ class LossConfig:
     switch: float = 0.01
     router_z: float = 1e-3
     group: float = 0.0
+    pool_free: bool = False
     chunk: int | None = 256
     remat: bool = False
 
@@ -152,13 +155,13 @@ def router_observer(loss: LossConfig, cfg: TransformerConfig) -> Any:
 
     def observe(routing: routers.Routing, how: routers.RoutingConfig) -> dict[str, Any]:
         seen = {
-            "switch": routers.switch_loss(routing, how, coefficient=loss.switch),
+            "switch": _switch(routing, how, loss),
             "router_z": routers.z_loss(routing, coefficient=loss.router_z),
             "counts": routers.counts(routing),
             "statistics": routers.statistics(routing, how),
         }
         if loss.group:
-            if how.free_share is None:
+            if how.free_share is None or not how.free:
                 raise ValueError(f"group {loss.group} needs RoutingConfig.free_share; moe.zeda.convert sets it")
             shares = 1 - how.free_share, how.free_share
             seen["group"] = routers.group_loss(
@@ -167,6 +170,15 @@ def router_observer(loss: LossConfig, cfg: TransformerConfig) -> Any:
         return seen
 
     return observe if cfg.mixtures else None
+
+
+def _switch(routing: routers.Routing, how: routers.RoutingConfig, loss: LossConfig) -> Mean:
+    if how.free_share is None or not how.free:
+        return routers.switch_loss(routing, how, coefficient=loss.switch)
+    sizes = [1] * how.experts + ([how.free_slots] if loss.pool_free else [1] * how.free_slots)
+    each = (1 - how.free_share) / how.experts, how.free_share / how.free_slots
+    shares = [each[number >= how.experts] * size for number, size in enumerate(sizes)]
+    return routers.group_loss(routing, how, sizes, shares=shares, coefficient=loss.switch)
 
 
 def router_terms(
@@ -183,10 +195,13 @@ def router_terms(
             objective[name] = jax.tree.map(jnp.sum, seen[name])
     if loss.group:  # the sum over layers: means over the same tokens
         objective["group"] = Mean(seen["group"].total.sum(), seen["group"].weight.mean())
-    biases = selection_biases(params)
+    how = cfg.moe.routing.routed
+    biases, cuts = selection_biases(params), _leaves(params, "router_cut")
     if biases is not None:
         objective["balance"] = _balance(biases, seen["counts"], cfg)
-    names = ("entropy", "max_violation", *(("free_fraction",) if cfg.moe.routing.routed.free else ()))
+    if cuts is not None and how.free_share is not None:
+        objective["cut"] = _budget(cuts, seen["statistics"]["free_fraction"], how)
+    names = ("entropy", "max_violation", *(("free_fraction",) if how.free or how.dynamic else ()))
     for layer in range(cfg.mixtures):
         for name in names:
             metrics[f"{name}/{layer}"] = jax.tree.map(lambda x, at=layer: x[at], seen["statistics"][name])
@@ -198,11 +213,11 @@ def router_terms(
 
 def selection_biases(params: TransformerParams) -> Float[Array, "L E"] | None:
     """The selection bias of every mixture, or None where routers have none."""
-    found = []
-    for run in params.runs:
-        mixture = run.moe if isinstance(run, ShortcutParams) else run.mlp
-        if isinstance(mixture, MoEParams) and mixture.router_bias is not None:
-            found.append(mixture.router_bias)
+    return _leaves(params, "router_bias")
+
+
+def _leaves(params: TransformerParams, name: str) -> jax.Array | None:
+    found = [leaf for mixture in mixtures_of(params) if (leaf := getattr(mixture, name)) is not None]
     return jnp.concatenate(found) if found else None
 
 
@@ -222,10 +237,18 @@ def _balance(biases: jax.Array, counts: jax.Array, cfg: TransformerConfig) -> Me
     return Mean(_TINY * value, total.mean())
 
 
+def _budget(cuts: jax.Array, free: Mean, how: routers.RoutingConfig) -> Mean:
+    """The gradient of each layer's cut: the share of slots used too much, or for thresholds its negative."""
+    assert how.free_share is not None
+    excess = (free.weight - free.total) - (1 - how.free_share) * free.weight  # in tokens: exact over micro-batches
+    sign = 1.0 if how.dynamic == "top_p" else -1.0
+    return Mean(_TINY * sign * (excess * (cuts - jax.lax.stop_gradient(cuts))).sum(), free.weight.mean())
+
+
 def balance_by_bias(
-    optimizer: optax.GradientTransformation, rate: float = 1e-3, *, rule: str = "sign"
+    optimizer: optax.GradientTransformation, rate: float = 1e-3, *, rule: str = "sign", cut_rate: float = 0.02
 ) -> optax.GradientTransformation:
-    """`optimizer` for all parameters but the routers' selection biases, which move by their own rule.
+    """`optimizer` for all parameters but the routers' selection biases and cuts, which move by their own rules.
 
     "sign": rate * sign(mean load - load), `moe.routing.update_bias` (2408.15664; DeepSeek-V3's rate: 1e-3).
     "proportional": rate * ((1 - rho) / E - share of all slots that the expert won), LongCat-Flash's controller
@@ -234,6 +257,9 @@ def balance_by_bias(
     With the "balance" term of `language_model_loss` as gradient, loads are summed over micro-batches and devices like
     any gradient. Where `RoutingConfig.free_share` is set both aim at (1 - rho) / E of all slots for every expert, else
     at the experts' mean. Parameter-free slots keep their bias.
+
+    The cut of a router with `RoutingConfig.dynamic` moves by cut_rate * (share of slots used - (1 - rho)), until rho of
+    each layer's slots are left out (ours: published top-p routers fix p and take the share that comes).
 
     Raises:
         ValueError: another rule.
@@ -244,7 +270,10 @@ def balance_by_bias(
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "bias" if path_name(path).endswith("router_bias") else "rest", params
+            lambda path, _: {"router_bias": "bias", "router_cut": "cut"}.get(
+                path_name(path).rpartition("/")[2], "rest"
+            ),
+            params,
         )
 
-    return optax.partition({"bias": rules[rule], "rest": optimizer}, labels)
+    return optax.partition({"bias": rules[rule], "cut": optax.sgd(cut_rate / _TINY), "rest": optimizer}, labels)

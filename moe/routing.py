@@ -19,6 +19,9 @@ Published routers as settings (everything else at its default):
     DeepSeek-V3, GLM-4.7-Flash   scoring="sigmoid", selection_bias=True, scaling; n_group > 1: selection="group_limited"
     LongCat-Flash (2509.01322)   renormalise=False, selection_bias=True, free=(("copy", Z),), scaling=6.0
     gpt-oss                      softmax_over="chosen"
+    AdaMoE (2406.13233)          free=(("zero", Z),), redistribute=True
+    MoE++ (2410.07348)           free=(("zero", 1), ("copy", 1), ("mixed", Z - 2)), redistribute, gating_residual
+    top-p (2403.07652)           dynamic="top_p";  DynMoE (2405.14297): dynamic="threshold"
 """
 
 import dataclasses
@@ -34,8 +37,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe.params import Param
 from moe.training import Mean
 
-FREE_KINDS = ("zero", "copy", "constant")
-"""What a parameter-free slot puts out for a token x: 0, x itself, or a constant vector that it is handed."""
+FREE_KINDS = ("zero", "copy", "constant", "mixed")
+"""What a slot without an expert puts out for a token x: 0, x itself, a vector v that it is handed, or MoE++'s constant
+expert, a_1 x + a_2 v with a = softmax(W x).
+"""
+DYNAMIC = ("top_p", "threshold")
 
 
 class RoutingError(ValueError):
@@ -67,7 +73,13 @@ class RoutingConfig:
             multiplies the router's input, which moves the weights too; here they stay those of the clean logits, so
             that replaying a recorded index gives the recorded weights.
         free: parameter-free slots after the experts, as (kind, how many) of FREE_KINDS; zce_types and zce_nums of ZEDA.
-        free_share: share of the slots that training steers parameter-free ones towards (`moe.zeda`); None: no target.
+        free_share: share of the slots that training steers towards doing nothing, because a parameter-free slot won
+            them (`moe.zeda`) or because `dynamic` left them out; None: no target.
+        redistribute: the weight of "zero" slots is handed back to the other chosen slots (AdaMoE, MoE++).
+        dynamic: which of the K chosen slots are used at all, the best one always; the others are nowhere. "top_p": the
+            shortest prefix whose probabilities sum to `cut` (2403.07652). "threshold": those whose score exceeds a
+            learnt threshold of their expert plus `cut`, with a straight-through gradient (DynMoE).
+        gating_residual: `route`'s logits get those of the mixture below, by a learnt matrix (MoE++; `moe.layers.moe`).
         free_masked: the parameter-free slots stay in the router and are never chosen: `routed` is the layer without
             them (ZEDA's use_zce_mask).
         straight_through: dense gradient for the router, see `route`. Softmax only.
@@ -88,6 +100,9 @@ class RoutingConfig:
     free: tuple[tuple[str, int], ...] = ()
     free_share: float | None = None
     free_masked: bool = False
+    redistribute: bool = False
+    dynamic: str | None = None
+    gating_residual: bool = False
     straight_through: bool = False
 
     def __post_init__(self):
@@ -96,6 +111,7 @@ class RoutingConfig:
             ("softmax_over", ("all", "chosen")),
             ("selection", ("top_k", "group_limited", "per_group")),
             ("group_score", ("max", "top2")),
+            ("dynamic", (None, *DYNAMIC)),
         ):
             if getattr(self, name) not in allowed:
                 raise RoutingError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
@@ -106,10 +122,16 @@ class RoutingConfig:
                 raise RoutingError(f"kind {kind!r} in free is not one of {', '.join(map(repr, FREE_KINDS))}")
             if number < 1:
                 raise RoutingError(f"free {self.free} has {number} slots of kind {kind!r}; give at least 1 or drop it")
-        if (self.free_share is not None or self.free_masked) and not self.free:
+        if (self.free_masked or (self.free_share is not None and self.dynamic is None)) and not self.free:
             raise RoutingError(
                 f"free_share {self.free_share}, free_masked {self.free_masked} have no meaning without free slots"
             )
+        if self.redistribute and not (self.renormalise or self.softmax_over == "chosen"):
+            raise RoutingError("redistribute hands weight back among shares that sum to scaling: set renormalise")
+        if self.dynamic is not None and (self.selection != "top_k" or self.straight_through):
+            raise RoutingError(f"dynamic {self.dynamic!r} needs selection 'top_k' and no straight_through")
+        if self.gating_residual and self.selection != "top_k":
+            raise RoutingError(f"gating_residual needs selection 'top_k', not {self.selection!r}")
         if self.free_share is not None and not 0 < self.free_share < 1:
             raise RoutingError(f"free_share {self.free_share} must lie between 0 and 1; 0.5 skips half of the slots")
         if self.free_masked and self.top_k > self.experts:
@@ -181,7 +203,15 @@ class RoutingConfig:
     @property
     def routed(self) -> "RoutingConfig":
         """What `route` is called with: this, or the same without parameter-free slots where they are masked."""
-        return dataclasses.replace(self, free=(), free_share=None, free_masked=False) if self.free_masked else self
+        if not self.free_masked:
+            return self
+        share = None if self.dynamic is None else self.free_share
+        return dataclasses.replace(self, free=(), free_share=share, free_masked=False)
+
+    def of_kind(self, *kinds: str) -> Bool[np.ndarray, " E"]:
+        """Which of the E + Z slots are parameter-free ones of these kinds."""
+        names = ["expert"] * self.experts + [kind for kind, number in self.free for _ in range(number)]
+        return np.isin(np.asarray(names), kinds)
 
 
 @struct.dataclass
@@ -189,8 +219,8 @@ class Routing:
     """Where every token goes.
 
     Attributes:
-        index: chosen slots, best first ("per_group": group by group); E + Z where the token is padding. This is the
-            record that `route(replay=)` takes.
+        index: chosen slots, best first ("per_group": group by group); E + Z where the token is padding or `dynamic`
+            leaves the slot out. This is the record that `route(replay=)` takes.
         weights: what each chosen slot's output is multiplied with; 0 where nowhere, NaN where the token's logits hold a
             NaN or +inf, or a replayed index is outside [0, E + Z].
         scores: softmax or sigmoid of the logits over all slots, without bias, jitter and scaling; 0 for padding.
@@ -300,6 +330,8 @@ def route(
     rng: Key[Array, ""] | None = None,
     replay: Int[Array, "*b K"] | None = None,
     valid: Bool[Array, "*b"] | None = None,
+    cut: Float[Array, ""] | None = None,
+    threshold: Float[Array, " E"] | None = None,
 ) -> Routing:
     """Chooses the slots of every token and weights them.
 
@@ -324,11 +356,15 @@ def route(
             logits (rollout routing replay, 2510.11370). E + Z means nowhere, weight 0.
         valid: False marks padding: index E + Z, weight 0, no gradient, counted in no loss or statistic, whatever its
             logits hold.
+        cut: when cfg.dynamic; no gradient (`moe.objectives.balance_by_bias` moves it).
+        threshold: [E + Z], when cfg.dynamic is "threshold"; learns from the slots that are used.
 
     Raises:
-        RoutingError: shapes that do not fit cfg, a bias missing or not asked for.
+        RoutingError: shapes that do not fit cfg, a bias or cut missing or not asked for.
     """
     _check_shapes(logits, cfg, bias, replay)
+    if (cut is not None) != (cfg.dynamic is not None) or (threshold is not None) != (cfg.dynamic == "threshold"):
+        raise RoutingError(f"dynamic {cfg.dynamic!r} goes with a cut, and 'threshold' with thresholds; hand both over")
     z = logits.astype(jnp.float32)
     valid = jnp.ones(z.shape[:-1], bool) if valid is None else valid
     z = jnp.where(valid[..., None], z, 0.0)
@@ -341,16 +377,37 @@ def route(
         if bias is not None:
             choice = choice + lax.stop_gradient(bias.astype(jnp.float32))
         index = _select(jnp.where(noisy == -jnp.inf, -jnp.inf, choice), cfg).astype(jnp.int32)
+        if cut is not None:
+            index = jnp.where(_used(index, z, scores, cut, threshold, cfg), index, cfg.slots)
     else:
         index = replay.astype(jnp.int32)
     index = jnp.where(valid[..., None], index, cfg.slots)
     safe = jnp.clip(index, 0, cfg.slots - 1)
     chosen = jnp.take_along_axis(z, safe, -1)
     here = (index < cfg.slots) & (chosen != -jnp.inf)
+    if cfg.redistribute:
+        here &= ~jnp.asarray(cfg.of_kind("zero"))[safe]
     weights = _weights(jnp.where(here, chosen, 0.0), jnp.take_along_axis(scores, safe, -1), here, cfg)
+    if threshold is not None:
+        margin = jnp.take_along_axis(scores, safe, -1) - threshold.astype(jnp.float32)[safe]
+        weights = weights * (1 + jnp.where(here, margin - lax.stop_gradient(margin), 0.0))
     broken = (jnp.isnan(z) | (z == jnp.inf)).any(-1) | ((index < 0) | (index > cfg.slots)).any(-1)
     weights = jnp.where(broken[..., None], jnp.nan, weights)
     return Routing(index, weights, jnp.where(valid[..., None], scores, 0.0), z, valid)
+
+
+def _used(
+    index: jax.Array, z: jax.Array, scores: jax.Array, cut: jax.Array, threshold: jax.Array | None, cfg: RoutingConfig
+) -> jax.Array:
+    """Which of the chosen slots [*b, K] `dynamic` uses."""
+    scores, cut = lax.stop_gradient(scores), lax.stop_gradient(cut.astype(jnp.float32))
+    if threshold is None:
+        shares = scores if cfg.scoring == "softmax" else lax.stop_gradient(jax.nn.softmax(jax.nn.log_sigmoid(z), -1))
+        chosen = jnp.take_along_axis(shares, index, -1)
+        used = jnp.cumsum(chosen, -1) - chosen < cut
+    else:
+        used = jnp.take_along_axis(scores, index, -1) > lax.stop_gradient(threshold.astype(jnp.float32))[index] + cut
+    return used | (jnp.arange(cfg.top_k) == 0)
 
 
 def _weights(z: jax.Array, scores: jax.Array, here: jax.Array, cfg: RoutingConfig) -> jax.Array:
@@ -378,22 +435,30 @@ def _weights(z: jax.Array, scores: jax.Array, here: jax.Array, cfg: RoutingConfi
 
 
 def free_output(
-    routing: Routing, x: Float[Array, "*b D"], cfg: RoutingConfig, constants: Float[Array, "C D"] | None = None
+    routing: Routing,
+    x: Float[Array, "*b D"],
+    cfg: RoutingConfig,
+    constants: Float[Array, "C D"] | None = None,
+    mixers: Float[Array, "M 2 D"] | None = None,
 ) -> Float[Array, "*b D"]:
     """What the parameter-free slots add to the layer's output, in x's dtype.
 
-    "zero" slots add nothing: their weight is simply gone (ZEDA section 2.1); "copy" adds weight * x (LongCat-Flash,
-    MoE++); "constant" adds weight * constants[c], c counting the slots of that kind (ours: MoE++ mixes x and a learnt v
-    by a learnt softmax, which is no longer free of parameters).
+    "zero" slots add nothing: their weight is simply gone (ZEDA section 2.1) or with the others (`redistribute`); "copy"
+    adds weight * x (LongCat-Flash, MoE++); "constant" adds weight * v; "mixed" adds weight * (a_1 x + a_2 v) with
+    a = softmax(W x), MoE++'s (2410.07348, eq. 5) constant expert.
 
     Args:
-        constants: [C, D], C the number of "constant" slots of cfg.
+        constants: v [C, D], one for each "constant" and "mixed" slot of cfg, in order.
+        mixers: W [M, 2, D], one for each "mixed" slot.
     """
-    wanted = sum(number for kind, number in cfg.free if kind == "constant")
-    if (0 if constants is None else len(constants)) != wanted:
-        raise RoutingError(f"free {cfg.free} has {wanted} constant slots; hand free_output constants [{wanted}, D]")
+    wanted, mixed = (int(cfg.of_kind(*kinds).sum()) for kinds in (("constant", "mixed"), ("mixed",)))
+    if (0 if constants is None else len(constants), 0 if mixers is None else len(mixers)) != (wanted, mixed):
+        raise RoutingError(
+            f"free {cfg.free} has {wanted} slots with a vector; hand free_output constants [{wanted}, D] and mixers "
+            f"[{mixed}, 2, D]"
+        )
     out = jnp.zeros(x.shape, jnp.float32)
-    first, used = cfg.experts, 0
+    first, used, turn = cfg.experts, 0, 0
     for kind, number in cfg.free:
         mine = (routing.index >= first) & (routing.index < first + number)
         if kind == "copy":
@@ -405,6 +470,16 @@ def free_output(
             rows = jnp.where(mine[..., None], constants.astype(jnp.float32)[which], 0.0)
             out = out + (jnp.where(mine, routing.weights, 0.0)[..., None] * rows).sum(-2)
             used += number
+        elif kind == "mixed" and constants is not None and mixers is not None:
+            # weight of every such slot for every token: M is a handful, and x is then read once
+            slots = jnp.arange(first, first + number)
+            weight = jnp.where(routing.index[..., None, :] == slots[:, None], routing.weights[..., None, :], 0).sum(-1)
+            some = mine.any(-1, keepdims=True)
+            clean = jnp.where(some, x, 0.0).astype(jnp.float32)
+            share = jax.nn.softmax(jnp.einsum("...d,mad->...ma", clean, mixers[turn : turn + number]), -1)
+            out = out + (weight * share[..., 0]).sum(-1, keepdims=True) * clean
+            out = out + (weight * share[..., 1]) @ constants[used : used + number].astype(jnp.float32)
+            used, turn = used + number, turn + number
         first += number
     return out.astype(x.dtype)
 
@@ -458,13 +533,13 @@ def violation(counts: Int[Array, " E"], experts: int) -> tuple[Float[Array, ""],
 def statistics(routing: Routing, cfg: RoutingConfig) -> dict[str, Mean]:
     """Metrics for moe.training, weighted by tokens.
 
-    "entropy" (nats), "free_fraction" (slots won by parameter-free ones: the share of expert FLOPs saved),
+    "entropy" (nats), "free_fraction" (slots without an expert: the share of expert FLOPs saved),
     "real_experts" (per token), "top_weight" (largest weight of a token), "max_violation" and "avg_violation" (see
     `violation`; over micro-batches the mean of each one's own).
     """
     tokens = routing.valid.sum().astype(jnp.float32)
     used = real_experts(routing, cfg)
-    free = ((routing.index >= cfg.experts) & (routing.index < cfg.slots)).sum(-1)
+    free = (routing.index >= cfg.experts).sum(-1)
     worst, typical = violation(counts(routing), cfg.experts)
     return {
         "entropy": Mean.of(entropy(routing, cfg), routing.valid),
@@ -541,7 +616,7 @@ def group_loss(
             index = jnp.where(routing.valid[..., None], plain, cfg.slots)
         fraction = fractions(_counts(index, cfg.slots))
     group = np.repeat(np.arange(len(sizes)), sizes)
-    per_group = jnp.stack([fraction[group == g].sum() for g in range(len(sizes))])
+    per_group = (fraction[:, None] * np.equal.outer(group, np.arange(len(sizes)))).sum(0)
     factor = (per_group * (sum(wanted) / np.asarray(wanted, np.float32)))[group]
     return _balance(probabilities(routing, cfg), factor, routing, coefficient)
 

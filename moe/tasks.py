@@ -199,13 +199,14 @@ def is_held_out(prompt: str) -> bool:
     return number % HELD_OUT_EVERY == 0
 
 
-def problems(cfg: TaskConfig, count: int, *, seed: int, held_out: bool = False) -> list[Problem]:
+def problems(cfg: TaskConfig, count: int, *, seed: int, held_out: bool = False, fewer: bool = False) -> list[Problem]:
     """`count` problems of every family, family by family.
 
     Args:
         seed: problem i of a family is a function of (seed, family, and the draws before it).
         held_out: only prompts that training never sees, each once; otherwise only the others, with repetitions where a
             family is small.
+        fewer: a family with fewer different held-out problems gives those that it has.
 
     Raises:
         TaskError: fewer than `count` different held-out prompts of a family were found in 1,000 draws for each.
@@ -223,7 +224,7 @@ def problems(cfg: TaskConfig, count: int, *, seed: int, held_out: bool = False) 
             if is_held_out(prompt) == held_out and not (held_out and prompt in seen):
                 seen.add(prompt)
                 kept.append(Problem(family, prompt, answer))
-        if len(kept) < count:
+        if len(kept) < count and not (fewer and kept):
             raise TaskError(
                 f"family {family!r} gave {len(kept)} different held-out problems, not {count}; ask for fewer or make "
                 "the family larger in TaskConfig"

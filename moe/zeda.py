@@ -17,9 +17,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.layers.moe import MoEParams
-from moe.models.transformer import ShortcutParams, TransformerConfig, TransformerParams
+from moe.models.transformer import TransformerConfig, TransformerParams, map_mixtures
 from moe.params import key_for
-from moe.routing import FREE_KINDS, RoutingConfig
+from moe.routing import RoutingConfig
+
+KINDS = ("zero", "copy", "constant")
+"""What `convert` can add; MoE++'s own mixture of slots is `moe.dynamic.moe_plus_plus`."""
 
 
 class ZedaError(ValueError):
@@ -60,12 +63,17 @@ def convert(
     old = cfg.moe.routing
     if old.free:
         raise ZedaError(f"the routers have parameter-free slots already: {old.free}; convert the model without them")
+    if old.dynamic or old.gating_residual:
+        raise ZedaError(
+            f"the routers are dynamic already ({old.dynamic!r}, gating_residual {old.gating_residual}); convert a "
+            "static model"
+        )
     if old.selection != "top_k":
         raise ZedaError(
             f"selection {old.selection!r} has groups that zero experts do not belong to; only 'top_k' works"
         )
-    if kind not in FREE_KINDS:
-        raise ZedaError(f"kind {kind!r} is not one of {', '.join(map(repr, FREE_KINDS))}")
+    if kind not in KINDS:
+        raise ZedaError(f"kind {kind!r} is not one of {', '.join(map(repr, KINDS))}")
     if zero_experts < 1:
         raise ZedaError(f"zero_experts {zero_experts} must be at least 1; half of the {old.experts} experts is usual")
     if not 0 < target_zero_ratio < 1:
@@ -90,18 +98,7 @@ def convert(
         constants = jnp.zeros((layers, zero_experts, width), mixture.router.dtype) if kind == "constant" else None
         return dataclasses.replace(mixture, router=router, router_bias=bias, constants=constants)
 
-    runs, first = [], 0
-    for run in params.runs:
-        if isinstance(run, ShortcutParams):
-            converted = dataclasses.replace(run, moe=widen(run.moe, first))
-        elif isinstance(run.mlp, MoEParams):
-            converted = dataclasses.replace(run, mlp=widen(run.mlp, first))
-        else:
-            converted = run
-        runs.append(converted)
-        first += jax.tree.leaves(run)[0].shape[0]
-    cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, routing=new))
-    return dataclasses.replace(params, runs=tuple(runs)), cfg
+    return map_mixtures(params, widen), with_routing(cfg, new)
 
 
 def _widened(old: jax.Array, keys: list[jax.Array], count: int) -> jax.Array:
@@ -118,15 +115,19 @@ def static(cfg: TransformerConfig, *, masked: bool = True) -> TransformerConfig:
     """
     if cfg.moe is None or not cfg.moe.routing.free:
         raise ZedaError("the model has no parameter-free slots to mask; convert it first")
-    routing = dataclasses.replace(cfg.moe.routing, free_masked=masked)
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, routing=routing))
+    return with_routing(cfg, dataclasses.replace(cfg.moe.routing, free_masked=masked))
 
 
 def fewer_experts(cfg: TransformerConfig, top_k: int) -> TransformerConfig:
     """The static baseline: the same parameters with the `top_k` best experts of every token."""
     if cfg.moe is None:
         raise ZedaError(f"family {cfg.family!r} has no mixture of experts")
-    routing = dataclasses.replace(cfg.moe.routing, top_k=top_k)
+    return with_routing(cfg, dataclasses.replace(cfg.moe.routing, top_k=top_k))
+
+
+def with_routing(cfg: TransformerConfig, routing: RoutingConfig) -> TransformerConfig:
+    """The model with other routers."""
+    assert cfg.moe is not None
     return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, routing=routing))
 
 

@@ -53,25 +53,27 @@ class Chip:
         flops_per_cycle: of all matrix units, dense bfloat16.
         hertz: such that flops_per_cycle x hertz x cores is the published peak.
         bytes_per_second: of HBM, published, this core's share.
+        hbm_bytes: of HBM, published, of the whole chip, which is one device.
     """
 
     topology: str
     flops_per_cycle: int
     hertz: float
     bytes_per_second: float
+    hbm_bytes: int
 
     @property
     def bytes_per_cycle(self) -> float:
         return self.bytes_per_second / self.hertz
 
 
-# Peaks and bandwidths as published (197, 459 and 918 TFLOP/s, 819, 2765 and 1640 GB/s a chip). Multiplications a cycle
-# from the spacing of the matrix instructions in schedules: four 128 x 128 units that take a row a cycle; on v6e two of
-# 256 x 256 that take two. A v5p chip is two cores.
+# Peaks, bandwidths and sizes as published (197, 459 and 918 TFLOP/s, 819, 2765 and 1640 GB/s, 16, 95 and 32 GiB a
+# chip). Multiplications a cycle from the spacing of the matrix instructions in schedules: four 128 x 128 units that
+# take a row a cycle; on v6e two of 256 x 256 that take two. A v5p chip is two cores.
 CHIPS: Mapping[str, Chip] = {
-    "v5e": Chip("v5e:2x2", 4 * 128 * 128 * 2, 197e12 / 131_072, 819e9),
-    "v5p": Chip("v5p:2x2x1", 4 * 128 * 128 * 2, 459e12 / 2 / 131_072, 2765e9 / 2),
-    "v6e": Chip("v6e:2x2", 2 * 256 * 256 * 2 * 2, 918e12 / 524_288, 1640e9),
+    "v5e": Chip("v5e:2x2", 4 * 128 * 128 * 2, 197e12 / 131_072, 819e9, 16 << 30),
+    "v5p": Chip("v5p:2x2x1", 4 * 128 * 128 * 2, 459e12 / 2 / 131_072, 2765e9 / 2, 95 << 30),
+    "v6e": Chip("v6e:2x2", 2 * 256 * 256 * 2 * 2, 918e12 / 524_288, 1640e9, 32 << 30),
 }
 
 
@@ -96,16 +98,22 @@ def topology_mesh(topology: str, axes: Mapping[str, int] | None = None) -> Mesh:
     Raises:
         TpuCompilerError: no libtpu, or too few devices in the topology.
     """
+    devices = topology_devices(topology)
+    axes = {"device": 1} if axes is None else axes
+    if math.prod(axes.values()) > len(devices):
+        name = CHIPS[topology].topology if topology in CHIPS else topology
+        raise TpuCompilerError(f"{dict(axes)} needs {math.prod(axes.values())} devices, {name} has {len(devices)}")
+    return Mesh(np.array(devices[: math.prod(axes.values())]).reshape(*axes.values()), tuple(axes))
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """All devices of a topology, for `moe.sharding.make_mesh`; arguments and errors as in `topology_mesh`."""
     if reason := missing():
         raise TpuCompilerError(reason)
     name = CHIPS[topology].topology if topology in CHIPS else topology
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may be compiling too
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    axes = {"device": 1} if axes is None else axes
-    if math.prod(axes.values()) > len(devices):
-        raise TpuCompilerError(f"{dict(axes)} needs {math.prod(axes.values())} devices, {name} has {len(devices)}")
-    return Mesh(np.array(devices[: math.prod(axes.values())]).reshape(*axes.values()), tuple(axes))
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
 
 
 def abstract(
@@ -115,11 +123,19 @@ def abstract(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec() if spec is None else spec))
 
 
+# The result before the name ends with "]", with the "}" of a layout, or is a tuple.
 _COLLECTIVE = re.compile(
-    r"= \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
-    r"(?:-start)?\("
+    r"[\]})] (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
+    r"|collective-broadcast)(?:-start)?\("
 )
 _KERNEL = re.compile(r'%([\w.-]+?)(?:\.\d+)? = [^\n]*?custom_call_target="tpu_custom_call"')
+
+
+def count_collectives(text: str) -> Counter[str]:
+    """How often each kind occurs in the text of a program; an asynchronous pair counts once, and so does one that
+    returns a tuple.
+    """
+    return Counter(_COLLECTIVE.findall(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +168,14 @@ def compile_report(function: Callable[..., Any], mesh: Mesh, *args: Any, **jit_o
     """Compiles `function` for the devices of `mesh`; `args` are pytrees of `abstract` arrays on it."""
     with jax.set_mesh(mesh):  # tells Pallas its target
         compiled = jax.jit(function, **jit_options).lower(*args).compile()
+    return report_of(compiled)
+
+
+def report_of(compiled: jax.stages.Compiled) -> Report:
+    """The report of what `jax.jit(...).lower(...).compile()` made."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
-        raise TpuCompilerError(f"the compiler gives no memory analysis or text for {function}")
+        raise TpuCompilerError("the compiler gives no memory analysis or text for this program")
     return Report(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -162,7 +183,7 @@ def compile_report(function: Callable[..., Any], mesh: Mesh, *args: Any, **jit_o
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        collectives=Counter(_COLLECTIVE.findall(text)),
+        collectives=count_collectives(text),
         kernels=tuple(_KERNEL.findall(text)),
         flops=(compiled.cost_analysis() or {}).get("flops"),
         text=text,

@@ -221,7 +221,7 @@ def _dynamic(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         raise HFError(f"zce_nums {numbers} with model_type {family!r}; only {', '.join(_DYNAMIC)} have dynamic forms")
     if len(numbers) != len(kinds):
         raise HFError(f"zce_nums {numbers} and zce_types {kinds} need the same length, one number for each type")
-    if "constant" in kinds:
+    if {"constant", "mixed"} & set(kinds):
         raise HFError(
             "zce_types has 'constant': the fork's constant experts mix x by learnt weights; only zero and copy"
         )
@@ -234,13 +234,26 @@ def _dynamic(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return fields, rest
 
 
+def _check_router(cfg: TransformerConfig) -> None:
+    """Refuses routers that no family of checkpoints has a place for."""
+    if cfg.moe is None:
+        return
+    r = cfg.moe.routing
+    if any(kind in ("constant", "mixed") for kind, _ in r.free):
+        raise HFError(f"family {cfg.family!r} has no place for the constant slots {r.free}")
+    if r.dynamic or r.redistribute or r.gating_residual:
+        raise HFError(
+            f"family {cfg.family!r} has no place for dynamic {r.dynamic!r}, redistribute {r.redistribute}, "
+            f"gating_residual {r.gating_residual}; keep such a model with moe.checkpoint"
+        )
+
+
 def _dynamic_keys(cfg: TransformerConfig) -> dict[str, Any]:
     """What config.json says of parameter-free slots, for the families of `_DYNAMIC`."""
+    _check_router(cfg)
     if cfg.moe is None or not cfg.moe.routing.free or cfg.family == "longcat_flash":
         return {}
     routing = cfg.moe.routing
-    if any(kind == "constant" for kind, _ in routing.free):
-        raise HFError(f"family {cfg.family!r} has no place for the constant slots {routing.free}")
     name, architecture = _DYNAMIC[cfg.family]
     keys: dict[str, Any] = {
         "model_type": name, "architectures": [architecture], "zce_nums": [number for _, number in routing.free],
@@ -441,8 +454,7 @@ def _attention_sources(cfg: GQAConfig | MLAConfig, prefix: str) -> GQAParams | M
 def _moe_sources(cfg: TransformerConfig, prefix: str) -> MoEParams:
     assert cfg.moe is not None
     r = cfg.moe.routing
-    if any(kind == "constant" for kind, _ in r.free):
-        raise HFError(f"family {cfg.family!r} has no place for the constant slots {r.free}")
+    _check_router(cfg)
 
     def each(parts: Sequence[str]) -> _Source:
         names = [[f"{prefix}experts.{e}.{part}_proj.weight" for part in parts] for e in range(r.experts)]

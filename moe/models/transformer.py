@@ -198,6 +198,25 @@ def restack(params: TransformerParams, cfg: TransformerConfig) -> TransformerPar
     return dataclasses.replace(params, runs=tuple(runs))
 
 
+def mixtures_of(params: TransformerParams) -> list[MoEParams]:
+    """The mixtures of every run that has any, with their leading axis of layers."""
+    return [run.moe if isinstance(run, ShortcutParams) else run.mlp for run in params.runs if _mixes(run)]
+
+
+def map_mixtures(params: TransformerParams, change: Callable[[MoEParams, int], MoEParams]) -> TransformerParams:
+    """params with change(mixture, number of its first mixture) for the stacked mixtures of every run."""
+    runs, first = [], 0
+    for run in params.runs:
+        if not _mixes(run):
+            runs.append(run)
+            continue
+        shortcut = isinstance(run, ShortcutParams)
+        mixture = change(run.moe if shortcut else run.mlp, first)
+        runs.append(dataclasses.replace(run, **{"moe" if shortcut else "mlp": mixture}))
+        first += mixture.router.shape[0]
+    return dataclasses.replace(params, runs=tuple(runs))
+
+
 def make_cache(
     params: TransformerParams,
     cfg: TransformerConfig,
@@ -306,6 +325,9 @@ def apply(
     x = constrain(params.embed[tokens], "batch", "seq", "embed")
     keys = None if rng is None else jax.random.split(rng, max(cfg.mixtures, 1))
     rows, routing, observed, first = [], [], [], 0
+    below = None  # router logits of the mixture below, where they are used
+    if cfg.moe is not None and cfg.moe.routing.gating_residual:
+        below = jnp.zeros((*tokens.shape, cfg.moe.routing.routed.slots), jnp.float32)
     for number, run in enumerate(params.runs):
         count = jax.tree.leaves(run)[0].shape[0]
         mixed = _mixes(run)
@@ -314,7 +336,7 @@ def apply(
             None if replay is None or not mixed else replay[here],
             None if keys is None or not mixed else keys[here],
         )
-        x, kept, out = _run(run, x, call, None if cache is None else cache.rows[number], given, remat)
+        (x, below), kept, out = _run(run, (x, below), call, None if cache is None else cache.rows[number], given, remat)
         rows.append(kept)
         if mixed:
             routing.append(out[0])
@@ -344,8 +366,11 @@ def _mixes(run: Any) -> bool:
     return isinstance(run, ShortcutParams) or isinstance(run.mlp, MoEParams)
 
 
-def _run(run: Any, x: jax.Array, call: _Call, rows: Any, given: tuple[Any, Any], remat: bool) -> tuple[Any, Any, Any]:
-    """All layers of a run: (x, the cache's arrays, (index, observed) of its mixtures with a leading axis)."""
+def _run(run: Any, x: Any, call: _Call, rows: Any, given: tuple[Any, Any], remat: bool) -> tuple[Any, Any, Any]:
+    """All layers of a run: (x, the cache's arrays, (index, observed) of its mixtures with a leading axis).
+
+    x is a pair here and in `_layer`: residual stream, and router logits of the mixture below or None.
+    """
     count = jax.tree.leaves(run)[0].shape[0]
 
     def step(carry, item):
@@ -363,21 +388,22 @@ def _run(run: Any, x: jax.Array, call: _Call, rows: Any, given: tuple[Any, Any],
     return x, rows, out
 
 
-def _layer(params: Any, x: jax.Array, call: _Call, rows: Any, layer: Any, given: tuple[Any, Any]) -> Any:
+def _layer(params: Any, x: Any, call: _Call, rows: Any, layer: Any, given: tuple[Any, Any]) -> Any:
+    x, below = x
     if isinstance(params, ShortcutParams):
         x, rows = _attend(params.first, x, call, rows, 2 * layer)
         middle = rms_norm(x, params.first.mlp_norm, eps=call.cfg.eps)
-        aside, out = _mixture(params.moe, middle, call, given)
+        aside, below, out = _mixture(params.moe, middle, below, call, given)
         x = x + mlp(params.first.mlp, middle, activation=call.cfg.activation)
         x, rows = _attend(params.second, x, call, rows, 2 * layer + 1)
         inner = rms_norm(x, params.second.mlp_norm, eps=call.cfg.eps)
-        return x + mlp(params.second.mlp, inner, activation=call.cfg.activation) + aside, rows, out
+        return (x + mlp(params.second.mlp, inner, activation=call.cfg.activation) + aside, below), rows, out
     x, rows = _attend(params, x, call, rows, layer)
     inner = rms_norm(x, params.mlp_norm, eps=call.cfg.eps)
     if isinstance(params.mlp, MoEParams):
-        y, out = _mixture(params.mlp, inner, call, given)
-        return x + y, rows, out
-    return x + mlp(params.mlp, inner, activation=call.cfg.activation), rows, ()
+        y, below, out = _mixture(params.mlp, inner, below, call, given)
+        return (x + y, below), rows, out
+    return (x + mlp(params.mlp, inner, activation=call.cfg.activation), below), rows, ()
 
 
 def _attend(params: LayerParams, x: jax.Array, call: _Call, rows: Any, layer: Any) -> tuple[jax.Array, Any]:
@@ -388,8 +414,14 @@ def _attend(params: LayerParams, x: jax.Array, call: _Call, rows: Any, layer: An
     return x + y, rows
 
 
-def _mixture(params: MoEParams, x: jax.Array, call: _Call, given: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+def _mixture(params: MoEParams, x: jax.Array, below: Any, call: _Call, given: tuple[Any, Any]) -> tuple[Any, Any, Any]:
     assert call.cfg.moe is not None
     replay, rng = given
-    y, routing = moe(params, x, cfg=call.cfg.moe, rng=rng, replay=replay, valid=call.valid, experts=call.experts)
-    return y, (routing.index, None if call.observe is None else call.observe(routing, call.cfg.moe.routing.routed))
+    y, routing = moe(
+        params, x, cfg=call.cfg.moe, rng=rng, replay=replay, valid=call.valid, below=below, experts=call.experts
+    )
+    return (
+        y,
+        None if below is None else routing.logits,
+        (routing.index, None if call.observe is None else call.observe(routing, call.cfg.moe.routing.routed)),
+    )

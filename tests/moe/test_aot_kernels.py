@@ -73,6 +73,25 @@ def test_text_without_bundles():
         aot.Schedule("// nothing here")
 
 
+COLLECTIVES = """
+  %all-reduce.1 = f32[]{:T(128)} all-reduce(%a), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  %all-reduce.2 = (bf16[2048,576]{0,1:T(8,128)(2,1)}, bf16[2048,768]{1,0:T(8,128)(2,1)}) all-reduce(%a, %b)
+  %reduce-scatter = bf16[512,2048]{1,0:T(8,128)(2,1)} reduce-scatter(%a), dimensions={0}, to_apply=%add
+  %start = (f32[8]{0}, /*index=1*/f32[16]{0}) all-gather-start(%a), dimensions={0}
+  %done = f32[16]{0} all-gather-done(%start), metadata={op_name="jit(f)/all_gather(x)"}
+  ROOT %collective-permute-start.1 = (s32[1]{0}, s32[1]{0}, u32[], u32[]) collective-permute-start(%a)
+  %fusion.1 = (f32[8], f32[8]) fusion(%all-reduce.2, %all-to-all.7), kind=kCustom, calls=%all-reduce-scatter.3
+  %element = bf16[2048,768] get-tuple-element(%all-reduce.2), index=1
+"""
+
+
+def test_collectives_that_return_tuples_count():
+    """Results as libtpu 0.0.42 writes them; what only uses, or is named after, a collective is none."""
+    assert aot.count_collectives(COLLECTIVES) == {
+        "all-reduce": 2, "reduce-scatter": 1, "all-gather": 1, "collective-permute": 1,
+    }  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------
 # Compiling
 

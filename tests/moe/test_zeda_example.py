@@ -13,7 +13,7 @@ from moe import text
 from moe.models import hf
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
-NAMES = ["ZEDA", "half of K, distilled"]
+NAMES = ["ZEDA, stage 1 only", "ZEDA", "half of K, distilled", "top-p, stage 1 only", "MoE++, stage 1 only"]
 
 
 def call(script: str, *arguments: str) -> str:
@@ -38,15 +38,32 @@ def test_from_the_command_line(tmp_path):
     table = pd.read_csv(out / "results.csv")
     assert table.variant.tolist() == ["teacher", *NAMES]
     assert table.skipped.tolist()[0] == 0
-    assert table.skipped.tolist()[2] == 0.5
+    assert table.skipped.tolist()[3] == 0.5
+    assert table.skipped.tolist()[4] == pytest.approx(0.5, abs=0.15), "24 bisections on 32 rows, then six steps"
+    assert (pd.read_csv(out / "margins.csv").variant.to_numpy() == NAMES[1:]).all()
     assert all((out / name).stat().st_size > 10_000 for name in ("zeda.png", "skips.png"))
     _, cfg = hf.load(out / "students" / "zeda-0")
     assert cfg.moe is not None
-    assert cfg.moe.routing.free == (("zero", 2),)
+    assert cfg.moe.routing.free == (("zero", 3),)
     assert "ZEDA" in printed
-    before = (out / "results.csv").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     call(*command)
-    assert (out / "results.csv").read_bytes() == before, "nothing is computed twice"
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == before, "nothing is computed twice"
+
+
+def test_margins_are_paired_by_seed():
+    rows = [dict(variant="teacher", seed=0, text=2.0, solved=1.0, skipped=0.0, kl=0.0)]
+    for seed, level in enumerate((0.0, 0.5, 0.2)):  # what a seed is worth cancels
+        rows.append(dict(variant="a", seed=seed, text=2.0 + level, solved=0.9 - level, skipped=0.5, kl=level))
+        other = dict(text=2.02 + level + 0.002 * seed, solved=0.88 - level, skipped=0.4, kl=level + 0.1)
+        rows.append(dict(variant="b", seed=seed) | other)
+    margin = example.margins(pd.DataFrame(rows), of="a").iloc[0]
+    assert (margin.variant, margin.seeds) == ("b", 3)
+    assert margin["text, %"] == pytest.approx(1.1)
+    assert margin["text, % ±"] == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t(0.975, 2) * deviation / sqrt(3)
+    assert margin["solved, points"] == pytest.approx(2.0)
+    assert margin["solved, points ±"] == pytest.approx(0.0, abs=1e-9)
+    assert margin["skipped more"] == pytest.approx(-0.1)
 
 
 def test_results_of_another_setting_are_not_mixed(tmp_path):
