@@ -14,7 +14,8 @@ class Zeda:
     Attributes:
         tutorial: text, problems and row length; trains the teacher where none is given.
         zero_experts: Z.
-        target: share of slots to skip.
+        target: share of slots to skip in training; 0.55 there is a little over half of held-out text and problems,
+            weighed alike.
         alpha: of the group loss.
         samples: prompts of stage 1, one answer of the teacher each.
         text_share: share of the prompts that are beginnings of texts; the others are problems. An eighth is about the
@@ -33,7 +34,7 @@ class Zeda:
 
     tutorial: Tutorial
     zero_experts: int = 8
-    target: float = 0.5
+    target: float = 0.55
     alpha: float = 0.1
     samples: int = 12_000
     text_share: float = 0.125

@@ -315,8 +315,9 @@ def measure(params: TransformerParams, student: TransformerConfig, teacher: Teac
     prose, counted, kl, entropy, mine, theirs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     skipped = 1 - (mine < experts).sum(-1) / before  # [T, L]
     loads = [zeda.load_shares(slots.swapaxes(0, 1), experts) for slots in (mine, theirs)]
-    row |= {"kl": float(kl[counted].mean()), "skipped": float(skipped.mean())}
-    row |= {f"skipped/{layer}": float(part) for layer, part in enumerate(skipped.mean(0))}
+    depth = (skipped[prose].mean(0) + skipped[~prose].mean(0)) / 2  # both sources weigh the same
+    row |= {"kl": float(kl[counted].mean()), "skipped": float(depth.mean())}
+    row |= {f"skipped/{layer}": float(part) for layer, part in enumerate(depth)}
     row["load divergence"] = float(zeda.load_divergence(*loads).mean())
     for name, kind in (("text", prose), ("problems", ~prose)):
         hard = entropy[kind] > np.median(entropy[kind])
@@ -382,7 +383,7 @@ def margins(table: pd.DataFrame, of: str = "ZEDA, stage 1 only") -> pd.DataFrame
     reference, rows = table[table.variant == "teacher"].iloc[0], []
     mine = table[table.variant == of].set_index("seed")
     for name, part in table.groupby("variant", sort=False):
-        both = mine.join(part.set_index("seed"), rsuffix=" other", how="inner")
+        both = mine.join(part.set_index("seed").add_suffix(" other"), how="inner")
         if name in ("teacher", of) or both.empty:
             continue
         row: dict[str, Any] = {"variant": name, "seeds": len(both)}

@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe.experts import ExpertParams, QuantizedExpertParams, expert_layer, expert_specs
-from moe.layers.mlp import MLPParams, mlp, mlp_specs
+from moe.layers.mlp import mlp, mlp_specs
 from moe.params import Constant, Normal, Param, ParamSpec, zeros
 from moe.routing import Routing, RoutingConfig, free_output, route
 from moe.sharding import constrain
@@ -45,7 +45,7 @@ class MoEParams:
     router: Param  # [D, E + Z]
     experts: ExpertParams | QuantizedExpertParams
     router_bias: Param = None  # [E + Z], selection only, no gradient
-    shared: MLPParams | None = None
+    shared: Any = None  # MLPParams or None
     constants: Param = None  # [C, D], of "constant" and "mixed" slots
     mixers: Param = None  # [M, 2, D], of "mixed" slots
     router_cut: Param = None  # [], of RoutingConfig.dynamic, no gradient
