@@ -441,7 +441,8 @@ def draw(summary: pd.DataFrame, table: pd.DataFrame, layers: int, target: float)
             (solved, "Problems", "points lost"),
         ):
             axis.set(title=title, xlabel="expert FLOPs skipped (%)", ylabel=unit)
-            axis.set_yscale("symlog", linthresh=1)
+            if axis.get_ylim()[1] > 4:  # a variant that was not adapted
+                axis.set_yscale("symlog", linthresh=1)
             axis.axhline(0, color="#777777", lw=0.8)
         figure.legend(*solved.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
         for number, name in enumerate(name for name in table.variant.unique() if name.startswith(("ZEDA", "switch"))):
