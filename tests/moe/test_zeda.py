@@ -287,14 +287,16 @@ def batch_of(seed, rows=16, length=24):
 
 
 def adapt(student, scfg, loss, optimizer, steps):
-    """The last zero ratios [L] of a short training on random tokens."""
+    """Zero ratios [L] of a short training on random tokens, their mean over its second half: a step swings by 0.1."""
     step = training.make_train_step(
         lambda p, b, rng: language_model_loss(p, b, cfg=scfg, loss=loss), optimizer, accumulate=2
     )
     state = training.init_state(student, optimizer, jax.random.key(2))
+    ratios = []
     for i in range(steps):
         state, metrics = step(state, batch_of(i))
-    return np.asarray([metrics[f"free_fraction/{layer}"] for layer in range(2)]), metrics
+        ratios.append([float(metrics[f"free_fraction/{layer}"]) for layer in range(2)])
+    return np.mean(ratios[steps // 2 :], 0), metrics
 
 
 @pytest.mark.parametrize("target", [0.3, pytest.param(0.6, marks=pytest.mark.slow)])
@@ -302,8 +304,8 @@ def test_the_group_loss_reaches_its_target(target):
     p, cfg = static_model()
     student, scfg = convert(p, cfg, zero_experts=Z, target_zero_ratio=target, key=KEY)
     loss = LossConfig(switch=0.0, router_z=0.0, group=0.1)
-    ratios, metrics = adapt(student, scfg, loss, optax.adam(1e-2), 60)
-    np.testing.assert_allclose(ratios, target, atol=0.08)
+    ratios, metrics = adapt(student, scfg, loss, optax.adam(1e-2), 80)
+    np.testing.assert_allclose(ratios, target, atol=0.03)
     assert float(metrics["loss/group"]) == pytest.approx(0.2, rel=0.1)  # alpha a layer at the fixed point, summed
 
 
