@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
 import sys
@@ -167,7 +168,7 @@ def answers(teacher: Teacher, cfg: Zeda, out: pathlib.Path) -> data.PackedRows:
             wanted = [Sampling(temperature=1.0, max_tokens=limit) for limit in teacher.limits[some]]
             found += writer.generate(teacher.prompts[some], wanted, seed=first)
         ids = [np.concatenate([one.prompt, one.tokens]) for one in found]
-        partial = path.with_name(".answers.npz")
+        partial = path.with_name(f".answers-{os.getpid()}.npz")  # another process may be drawing them too
         np.savez(
             partial,
             tokens=np.concatenate(ids),
@@ -369,7 +370,9 @@ def slug(name: str, seed: int) -> str:
 
 def gather(out: pathlib.Path) -> pd.DataFrame:
     """One row for each finished run, the teacher's first, then as in VARIANTS."""
-    rows = [json.loads(path.read_text()) for path in (out / "runs").glob("*.json")]
+    rows = [
+        json.loads(path.read_text()) for path in (out / "runs").glob("[!.]*.json")
+    ]  # a name with a dot is half-written
     order = ["teacher", *VARIANTS]
     return pd.DataFrame(sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"])))
 

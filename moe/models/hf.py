@@ -223,7 +223,7 @@ def _dynamic(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         raise HFError(f"zce_nums {numbers} and zce_types {kinds} need the same length, one number for each type")
     if {"constant", "mixed"} & set(kinds):
         raise HFError(
-            "zce_types has 'constant': the fork's constant experts mix x by learnt weights; only zero and copy"
+            f"zce_types {kinds}: the fork's constant experts mix x by learnt weights; only zero and copy are read"
         )
     fields: dict[str, Any] = {
         "free": tuple((kind, number) for kind, number in zip(kinds, numbers, strict=True) if number),

@@ -1,5 +1,6 @@
 """`examples/zeda.py` on a tiny teacher: from the command line to the figures, and started again."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -49,6 +50,16 @@ def test_from_the_command_line(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     call(*command)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == before, "nothing is computed twice"
+
+
+def test_a_row_that_a_killed_process_left_half_written_is_no_result(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for name, seed in (("ZEDA", 1), ("teacher", 0), ("ZEDA", 0)):
+        row = json.dumps({"variant": name, "seed": seed})
+        (tmp_path / "runs" / f"{example.slug(name, seed)}.json").write_text(row)
+    (tmp_path / "runs" / ".zeda-2.json").write_text('{"variant": "ZE')
+    found = example.gather(tmp_path)
+    assert list(zip(found.variant, found.seed, strict=True)) == [("teacher", 0), ("ZEDA", 0), ("ZEDA", 1)]
 
 
 def test_margins_are_paired_by_seed():
