@@ -107,6 +107,16 @@ def teacher() -> Tutorial:
     )  # fmt: skip
 
 
+def specialised() -> Tutorial:
+    """Goes on from the teacher (`--start`) with no loss on its router, as post-training often does: experts specialise
+    and their loads come apart.
+    """
+    like = teacher()
+    return dataclasses.replace(
+        like, loss=LossConfig(switch=0.0, router_z=0.0), steps=2000, learning_rate=1e-3, warmup=100
+    )
+
+
 def smoke() -> Tutorial:
     """The same path in seconds, for tests; its scores mean nothing."""
     model = _switch(vocab=320, width=32, layers=2, experts=4, top_k=2, hidden=32, heads=2, length=64)

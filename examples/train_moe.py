@@ -3,9 +3,11 @@
     python examples/train_moe.py --out out/moe                                        # a few minutes on two cores
     python examples/train_moe.py --out out/teacher --config configs/moe_tutorial.py:teacher
     python examples/train_moe.py --out out/mine --text my/*.txt --gsm8k gsm8k_train.jsonl --set steps=4000
+    python examples/train_moe.py --out out/specialised --start out/teacher --config configs/moe_tutorial.py:specialised
 
 The text is English prose from the documentation inside the installed Python packages (moe.text), so nothing is
-downloaded; --text takes files of your own instead. The problems (moe.tasks) are drawn by seed, and those tested are
+downloaded; --text takes files of your own instead. --start goes on from the model, tokenizer and text of an earlier run
+(or from a model directory). The problems (moe.tasks) are drawn by seed, and those tested are
 never trained on. A byte-pair tokenizer is learned from the training text. OUT receives the model in Hugging Face's
 format with its tokenizer (model/), scores.csv, training.png, experts.png and report.html.
 
@@ -244,16 +246,40 @@ def by_bias(cfg: Tutorial) -> bool:
     return cfg.model.moe is not None and cfg.model.moe.routing.selection_bias
 
 
-def train(cfg: Tutorial, given: Data, out: pathlib.Path, *, seed: int, progress: bool) -> TransformerParams:
-    """Trains, or goes on; the parameters after the last step."""
+def earlier(folder: pathlib.Path, cfg: Tutorial) -> tuple[TransformerParams, Tokenizer]:
+    """The model that a run begins with: of a run of this script, or of a Hugging Face directory.
+
+    Raises:
+        ValueError: it is not of the preset's shape.
+    """
+    model = folder / "model" if (folder / "model").is_dir() else folder
+    p, found = hf.load(model)
+    if found != cfg.model:
+        names = [f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(cfg.model, f.name)]
+        raise ValueError(
+            f"{model} differs from the preset's model in {', '.join(names)}; give a preset of the model's own shape"
+        )
+    return p, from_directory(model)
+
+
+def balance(cfg: Tutorial) -> str:
+    """What keeps the experts' loads even, in words."""
+    if by_bias(cfg):
+        return "balanced by selection bias"
+    return "balanced by the switch loss" if cfg.loss.switch else "loads left alone"
+
+
+def train(
+    cfg: Tutorial, given: Data, out: pathlib.Path, *, seed: int, progress: bool, start: TransformerParams | None = None
+) -> TransformerParams:
+    """Trains, from scratch or from `start`, or goes on; the parameters after the last step."""
     loss = functools.partial(language_model_loss, cfg=cfg.model, loss=cfg.loss, sources=SOURCES)
     step = training.make_train_step(
         lambda p, batch, rng: loss(p, batch, rng=rng), optimizer(cfg), clip_norm=cfg.clip,
         policy=training.Policy(keep=("router",)),
     )  # fmt: skip
-    state = training.init_state(
-        params.init(jax.random.key(seed), transformer_specs(cfg.model)), optimizer(cfg), jax.random.key(seed + 1)
-    )
+    begun = params.init(jax.random.key(seed), transformer_specs(cfg.model)) if start is None else start
+    state = training.init_state(begun, optimizer(cfg), jax.random.key(seed + 1))
     rows = [given.held_out[i] for i in range(min(cfg.evaluation_rows, len(given.held_out)))]
     _, count = text_loss(state.params, cfg, given.held_out)
     per_byte = count / given.held_out_bytes
@@ -267,9 +293,11 @@ def train(cfg: Tutorial, given: Data, out: pathlib.Path, *, seed: int, progress:
     batches = data.batches(
         [given.text, given.tasks], weights=[cfg.text_share, 1 - cfg.text_share], batch=cfg.batch, seed=seed
     )
+    tied = {"tutorial": cfg, "seed": seed, "text": given.fingerprint}
+    if start is not None:
+        tied["start"] = digest(start)
     done = training.fit(
-        step, state, iter(batches), steps=cfg.steps, directory=out / "training",
-        config={"tutorial": cfg, "seed": seed, "text": given.fingerprint},
+        step, state, iter(batches), steps=cfg.steps, directory=out / "training", config=tied,
         checkpoint_every=cfg.checkpoint_every, evaluate=evaluate, evaluate_every=cfg.evaluate_every,
         log_every=cfg.log_every, progress=progress,
     )  # fmt: skip
@@ -465,6 +493,14 @@ def write_report(out: pathlib.Path, cfg: Tutorial, given: Data, results: Results
     write(out / "scores.csv", results.scores.to_csv(index=False).encode())
 
 
+def digest(p: TransformerParams) -> str:
+    """Of the values of all parameters."""
+    found = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(p):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
 def write(path: pathlib.Path, content: bytes) -> None:
     """A file that is complete or not there."""
     partial = path.with_name(f".{path.name}")
@@ -478,13 +514,19 @@ def run(
     *,
     files: Sequence[pathlib.Path] = (),
     gsm8k: pathlib.Path | None = None,
+    start: pathlib.Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """The whole tutorial; returns the table of scores.csv."""
     begun = time.perf_counter()
+    first, tokenizer = (None, None) if start is None else earlier(start, cfg)
+    kept = None if start is None else start / "data" / "text.json"
+    if kept is not None and kept.exists() and not files and gsm8k is None and not (out / "data" / "text.json").exists():
+        (out / "data").mkdir(parents=True, exist_ok=True)
+        write(out / "data" / "text.json", kept.read_bytes())  # the same documents stay held out
     documents, origin = gather_text(files, gsm8k, out / "data")
-    given = prepare(cfg, documents, origin, seed)
+    given = prepare(cfg, documents, origin, seed, tokenizer)
     size = params.count(transformer_specs(cfg.model))
     print(
         f"text: {origin}, {sum(map(len, documents)):,} characters in {len(documents):,} documents; "
@@ -492,7 +534,7 @@ def run(
         f"{len(given.tasks):,} rows of problems ({given.tasks.filled:.1%}); {size:,} parameters",
         flush=True,
     )
-    trained = train(cfg, given, out, seed=seed, progress=progress)
+    trained = train(cfg, given, out, seed=seed, progress=progress, start=first)
     save(trained, cfg, given.tokenizer, out / "model")
     results = score(trained, cfg, given, out)
     rate = results.history.steps_per_second
@@ -502,8 +544,9 @@ def run(
     facts = {
         "text": f"{origin}; {sum(map(len, documents)):,} characters, digest {given.fingerprint}",
         "model": f"{cfg.model.family}, {size:,} parameters, {layers} layers of {routing.experts} experts, "
-        f"{routing.top_k} a token, balanced by {'selection bias' if by_bias(cfg) else 'the switch loss'}",
-        "training": f"{cfg.steps:,} steps of {cfg.batch} x {cfg.length} positions, seed {seed}",
+        f"{routing.top_k} a token, {balance(cfg)}",
+        "training": f"{cfg.steps:,} steps of {cfg.batch} x {cfg.length} positions, seed {seed}"
+        + ("" if start is None else f", from {start}"),
         "speed": f"{positions:,.0f} positions per second (median), on {jax.devices()[0].platform}",
     }
     write_report(out, cfg, given, results, facts)
@@ -521,12 +564,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for everything this run makes")
     parser.add_argument("--text", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help="text files to learn")
     parser.add_argument("--gsm8k", type=pathlib.Path, metavar="FILE", help="GSM8K's train.jsonl, added to the text")
+    parser.add_argument("--start", type=pathlib.Path, metavar="DIR", help="an earlier run, or a model, to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(arguments)
     run(
-        config_from_arguments(given), given.out, files=given.text, gsm8k=given.gsm8k, seed=given.seed,
-        progress=not given.quiet,
+        config_from_arguments(given), given.out, files=given.text, gsm8k=given.gsm8k, start=given.start,
+        seed=given.seed, progress=not given.quiet,
     )  # fmt: skip
     return 0
 

@@ -1,5 +1,6 @@
 """`examples/train_moe.py`: from the command line to the report, and killed on the way."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,25 +9,27 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
 from configs import moe_tutorial
 from examples import train_moe
-from moe import tasks, text, training
+from moe import params, tasks, text, training
 from moe.models import hf
 from moe.models.tokenizer import from_directory
+from moe.models.transformer import transformer_specs
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 PRESET = f"{CHECKOUT / 'configs' / 'moe_tutorial.py'}:smoke"
 
 
-def start(out: pathlib.Path, corpus: pathlib.Path) -> subprocess.Popen:
+def start(out: pathlib.Path, corpus: pathlib.Path, *more: str) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, str(CHECKOUT / "examples" / "train_moe.py"), "--config", PRESET, "--quiet"]
-    command += ["--out", str(out), "--text", str(corpus)]
+    command += ["--out", str(out), *(more or ("--text", str(corpus)))]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -123,6 +126,32 @@ def test_killed_and_started_again_the_curve_is_the_same_bit_for_bit(finished, co
     assert curve(tmp_path) == curve(undisturbed)
     for name in ("model/model.safetensors", "scores.csv"):
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_another_run_begins_where_the_model_stands(finished, corpus, tmp_path):
+    """Same tokenizer, same held-out text, and a first loss that a model trained from scratch does not have."""
+    before, _ = finished
+    finish(start(tmp_path, corpus, "--start", str(before), "--set", "steps=4", "warmup=1", "learning_rate=1e-9"))
+    for name in ("data/text.json", "model/tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (before / name).read_bytes()
+    scores = [pd.read_csv(out / "scores.csv").set_index("what")["value"] for out in (before, tmp_path)]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4)
+    assert "from" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path):
+    cfg = moe_tutorial.smoke()
+    hf.save(tmp_path, params.init(jax.random.key(0), transformer_specs(cfg.model)), cfg.model)
+    other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, max_positions=32))
+    with pytest.raises(ValueError, match="max_positions"):
+        train_moe.earlier(tmp_path, other)
+
+
+def test_loads_are_left_alone_where_nothing_balances_them():
+    said = [train_moe.balance(p()) for p in (moe_tutorial.teacher, moe_tutorial.bias, moe_tutorial.specialised)]
+    assert said == ["balanced by the switch loss", "balanced by selection bias", "loads left alone"]
+    assert moe_tutorial.specialised().model == moe_tutorial.teacher().model, "it goes on from the teacher"
 
 
 @pytest.mark.parametrize("name", ["default", "bias", "teacher", "smoke"])
