@@ -370,9 +370,10 @@ def slug(name: str, seed: int) -> str:
 
 def gather(out: pathlib.Path) -> pd.DataFrame:
     """One row for each finished run, the teacher's first, then as in VARIANTS."""
-    rows = [
-        json.loads(path.read_text()) for path in (out / "runs").glob("[!.]*.json")
-    ]  # a name with a dot is half-written
+    paths = (out / "runs").glob("[!.]*.json")  # a name with a dot is half-written
+    rows: list[dict[str, Any]] = [
+        {k: np.nan if v is None else v for k, v in json.loads(path.read_text()).items()} for path in paths
+    ]
     order = ["teacher", *VARIANTS]
     return pd.DataFrame(sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"])))
 
@@ -527,7 +528,8 @@ def run(
             row: dict[str, Any] = {"variant": name, "seed": 0, **measure(teacher.params, teacher.cfg, teacher, cfg)}
         else:
             row = run_variant(name, teacher, rows, cfg, seed, out, halfway)
-        tutorial.write(path, json.dumps(row, indent=1).encode())
+        known = {k: None if v != v else v for k, v in row.items()}  # JSON has no NaN
+        tutorial.write(path, json.dumps(known, indent=1, allow_nan=False).encode())
         bar.write(
             f"{name}, seed {seed}: text {row['text']:.4f}, solved {row['solved']:.3f}, skipped {row['skipped']:.3f}, "
             f"kl {row['kl']:.4f}"

@@ -136,29 +136,19 @@ def optimizer(cfg: ZedaPod, stage: int) -> optax.GradientTransformation:
 
 
 def loss_of(cfg: ZedaPod, stage: int, student: TransformerConfig) -> training.LossFn:
-    """What the step of a stage minimises.
-
-    Left out is "balance", the gradient of selection biases: they are frozen, and its weight would cost a forward pass
-    of its own under accumulation. Of the metrics, the load of every expert (thousands of numbers) is.
-    """
-    loss = LossConfig(switch=0.0, router_z=0.0, group=cfg.alpha, chunk=cfg.chunk, remat=True)
-
-    def kept(found: tuple[Any, Any]) -> tuple[Any, Any]:
-        objective, metrics = found
-        return (
-            {name: term for name, term in objective.items() if name != "balance"},
-            {name: value for name, value in metrics.items() if not name.startswith("load/")},
-        )
+    """What the step of a stage minimises. Selection biases are frozen."""
+    loss = LossConfig(
+        switch=0.0, router_z=0.0, group=cfg.alpha, balance=False, loads=False, chunk=cfg.chunk, remat=True
+    )
 
     def sft(p: Any, batch: Any, rng: Any) -> Any:
-        return kept(language_model_loss(p, batch, cfg=student, loss=loss, rng=rng))
+        return language_model_loss(p, batch, cfg=student, loss=loss, rng=rng)
 
     def opd(p: Any, batch: Any, rng: Any, teacher: Any) -> Any:
-        found = distillation_loss(
+        return distillation_loss(
             p, batch, teacher, cfg=student, teacher_cfg=cfg.model, loss=loss, form="policy_gradient",
             clip=(cfg.opd_clip, cfg.opd_clip), rng=rng,
         )  # fmt: skip
-        return kept(found)
 
     return sft if stage == 1 else opd
 

@@ -92,6 +92,9 @@ class LossConfig:
         router_z: coefficient of the routers' z-loss, mean over layers (2202.08906: 1e-3).
         group: coefficient of ZEDA's two-group loss, *sum* over layers (2605.18643: 0.1), which steers the share of the
             parameter-free slots to `RoutingConfig.free_share` and leaves the balance among experts alone.
+        balance: the objective holds the gradient of selection biases. Off, they stay as they are, and gradient
+            accumulation is spared a forward pass: this term's weight depends on the routing.
+        loads: the metrics hold the load of every expert, thousands of numbers at full size.
         chunk: see `token_loss`.
         remat: recompute each layer in the backward pass.
     """
@@ -101,6 +104,8 @@ class LossConfig:
     router_z: float = 1e-3
     group: float = 0.0
     pool_free: bool = False
+    balance: bool = True
+    loads: bool = True
     chunk: int | None = 256
     remat: bool = False
 
@@ -197,7 +202,7 @@ def router_terms(
         objective["group"] = Mean(seen["group"].total.sum(), seen["group"].weight.mean())
     how = cfg.moe.routing.routed
     biases, cuts = selection_biases(params), _leaves(params, "router_cut")
-    if biases is not None:
+    if biases is not None and loss.balance:
         objective["balance"] = _balance(biases, seen["counts"], cfg)
     if cuts is not None and how.free_share is not None:
         objective["cut"] = _budget(cuts, seen["statistics"]["free_fraction"], how)
@@ -206,7 +211,7 @@ def router_terms(
         for name in names:
             metrics[f"{name}/{layer}"] = jax.tree.map(lambda x, at=layer: x[at], seen["statistics"][name])
         counts = seen["counts"][layer].astype(jnp.float32)
-        for e in range(cfg.moe.routing.experts):
+        for e in range(cfg.moe.routing.experts if loss.loads else 0):
             metrics[f"load/{layer}/{e}"] = Mean(counts[e], counts.sum())
     return objective, metrics
 

@@ -166,6 +166,19 @@ def test_router_losses_are_means_over_layers_of_the_published_formulas():
     np.testing.assert_allclose(objective["z"].value(), 0.5 * (log_z[np.asarray(batch["mask"])] ** 2).mean(), rtol=1e-4)
 
 
+def test_frozen_biases_and_loads_that_nobody_reads_leave_no_trace():
+    cfg = model(scoring="sigmoid", selection_bias=True)
+    p, (batch, _) = weights(cfg), packed()
+    full, off = (losses(p, batch, cfg, loss=LossConfig(balance=on, loads=on)) for on in (True, False))
+    assert full[0].keys() - off[0].keys() == {"balance"}
+    assert full[1].keys() - off[1].keys() == {f"load/{layer}/{e}" for layer in range(2) for e in range(4)}
+    jax.tree.map(np.testing.assert_array_equal, off[0], {name: full[0][name] for name in off[0]})
+    bias = jax.grad(lambda p: losses(p, batch, cfg, loss=LossConfig(balance=False))[0]["nll"].value())(p)
+    found = objectives.selection_biases(bias)
+    assert found is not None
+    assert not np.asarray(found).any()
+
+
 def test_sources_split_the_loss():
     cfg = model()
     p = weights(cfg)

@@ -58,7 +58,9 @@ def test_a_row_that_a_killed_process_left_half_written_is_no_result(tmp_path):
         row = json.dumps({"variant": name, "seed": seed})
         (tmp_path / "runs" / f"{example.slug(name, seed)}.json").write_text(row)
     (tmp_path / "runs" / ".zeda-2.json").write_text('{"variant": "ZE')
+    (tmp_path / "runs" / "zeda-1.json").write_text('{"variant": "ZEDA", "seed": 1, "kl": null}')
     found = example.gather(tmp_path)
+    assert found.kl.dtype == float, "what is not known is a NaN in the table"
     assert list(zip(found.variant, found.seed, strict=True)) == [("teacher", 0), ("ZEDA", 0), ("ZEDA", 1)]
 
 
