@@ -563,7 +563,7 @@ class Engine:
         self._pool = PagePool(config.pool + 1, config.page_size)
         self._cache_rows = self._empty_cache()
         self._queue: collections.deque[_Sequence] = collections.deque()
-        self._running: list[_Sequence] = []
+        self._running: dict[_Sequence, None] = {}  # in the order of admission; a dict, for membership
         self._ended: list[Event] = []
         self._requests = 0
 
@@ -786,7 +786,7 @@ class Engine:
                 # A sequence that comes back has its record already.
                 for number in range(sequence.record.length // self.config.page_size, len(pages)):
                     sequence.record.append(self._pool.record(pages[number]))
-            self._running.append(sequence)
+            self._running[sequence] = None
             self.metrics.shared += sequence.computed
             free_rows -= 1
             spare -= needed + 1
@@ -872,14 +872,14 @@ class Engine:
             steps = min(self.config.steps, sequence.limit - len(sequence.tokens))
             missing = -(-(sequence.computed + steps) // self.config.page_size) - len(sequence.pages)
             while missing > self._pool.available and sequence in self._running:
-                self._preempt(self._running[-1])
+                self._preempt(next(reversed(self._running)))
             if sequence in self._running:
                 sequence.pages += self._pool.take(max(missing, 0))
                 ready.append(sequence)
         return [s for s in ready if s in self._running]
 
     def _preempt(self, sequence: _Sequence) -> None:
-        self._running.remove(sequence)
+        del self._running[sequence]
         self._release(sequence)
         self._queue.appendleft(sequence)
         self.metrics.preemptions += 1
@@ -998,7 +998,7 @@ class Engine:
             # An incomplete character at the end can complete a stop string: the text is cut, the reason is it.
             finish, stop = ("stop", found) if found is not None and finish == "length" else (finish, stop)
         if sequence in self._running:
-            self._running.remove(sequence)
+            del self._running[sequence]
             if error is not None:
                 self._pool.forget(sequence.pages)
                 self._pool.release(sequence.pages)

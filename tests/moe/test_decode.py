@@ -383,7 +383,7 @@ def test_steps_update_the_cache_in_place(model):
         engine.submit(PROMPTS[1], SAMPLED)
         engine._admit()
         held = parameters.nbytes(engine._cache_rows)
-        batch = engine._batch(engine._running, 4)
+        batch = engine._batch(list(engine._running), 4)
         compiled = decode._decode.lower(
             engine._params, engine._cache_rows, batch, static=engine._static, steps=steps, alternatives=0
         ).compile()
