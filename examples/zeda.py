@@ -315,12 +315,17 @@ def measure(params: TransformerParams, student: TransformerConfig, teacher: Teac
         parts.append((np.full(real.sum(), prose), batch["mask"][real], kl[real], entropy[real], *slots))
     prose, counted, kl, entropy, mine, theirs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     skipped = 1 - (mine < experts).sum(-1) / before  # [T, L]
-    loads = [zeda.load_shares(slots.swapaxes(0, 1), experts) for slots in (mine, theirs)]
     depth = (skipped[prose].mean(0) + skipped[~prose].mean(0)) / 2  # both sources weigh the same
     row |= {"kl": float(kl[counted].mean()), "skipped": float(depth.mean())}
     row |= {f"skipped/{layer}": float(part) for layer, part in enumerate(depth)}
-    row["load divergence"] = float(zeda.load_divergence(*loads).mean())
+
+    def moved(kind: np.ndarray) -> float:  # of the experts' loads on these tokens, mean over layers
+        shares = (zeda.load_shares(slots[kind].swapaxes(0, 1), experts) for slots in (mine, theirs))
+        return float(zeda.load_divergence(*shares).mean())
+
+    row["load divergence"] = moved(np.ones_like(prose))
     for name, kind in (("text", prose), ("problems", ~prose)):
+        row[f"load divergence, {name}"] = moved(kind)
         hard = entropy[kind] > np.median(entropy[kind])
         row[f"kl, {name}"] = float(kl[counted & kind].mean())
         row[f"skipped, {name}"] = float(skipped[kind].mean())
@@ -417,9 +422,13 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, part in table.groupby("variant", sort=False):
         row: dict[str, Any] = {"variant": name, "seeds": len(part)}
-        for column in ("skipped", "skipped, text", "skipped, problems", "text, % over the teacher",
-                       "solved, points under the teacher", "kl", "load divergence", "skip and entropy, text",
-                       "skip and entropy, problems"):  # fmt: skip
+        for column in (
+            "skipped", "skipped, text", "skipped, problems", "text, % over the teacher",
+            "solved, points under the teacher", "kl", "load divergence", "load divergence, text",
+            "load divergence, problems", "skip and entropy, text", "skip and entropy, problems",
+        ):  # fmt: skip
+            if column not in part:  # of an earlier release
+                continue
             row[column] = part[column].mean()
             if len(part) > 1:
                 row[f"{column} ±"] = stats.t.ppf(0.975, len(part) - 1) * part[column].std() / len(part) ** 0.5
