@@ -486,8 +486,9 @@ def draw_skips(params: TransformerParams, cfg: TransformerConfig, tokenizer: Tok
                 line = []
             line.append((word, float(part)))
         lines += [line, []]
+    longest = max(sum(len(word) for word, _ in line) for line in lines)
     with matplotlib.rc_context(tutorial.STYLE):
-        figure = Figure(figsize=(11.5, 0.9 + 0.24 * len(lines)), layout="constrained")
+        figure = Figure(figsize=(1.2 + 0.1 * longest, 0.9 + 0.24 * len(lines)), layout="constrained")
         axis = figure.subplots()
         colours = matplotlib.colormaps["viridis"]
         for row, line in enumerate(lines):
@@ -499,7 +500,7 @@ def draw_skips(params: TransformerParams, cfg: TransformerConfig, tokenizer: Tok
                 axis.text(column + len(word) / 2, -row - 0.05, word, ha="center", va="center", fontsize=7,
                           family="monospace", color="white" if dark else "black")  # fmt: skip
                 column += len(word)
-        axis.set(xlim=(0, 104), ylim=(-len(lines), 1), title="Share of slots skipped, token by token (all layers)")
+        axis.set(xlim=(0, longest), ylim=(-len(lines), 1), title="Share of slots skipped, token by token (all layers)")
         axis.set_axis_off()
         scale = ScalarMappable(Normalize(0, 1), colours)
         figure.colorbar(scale, ax=axis, shrink=0.8, label="skipped")
@@ -553,7 +554,9 @@ def run(
     if student.exists():
         params, model = hf.load(student)
         texts = [p.prompt + p.answer for p in teacher.given.test[:: max(1, len(teacher.given.test) // 6)]]
-        texts.append("Returns the value of the first argument, or None if the list of keys is empty.")
+        for i in range(3):
+            row = teacher.given.held_out[i]
+            texts.append(teacher.given.tokenizer.decode(row["tokens"][row["segments"] == 1].tolist()))
         tutorial.write(out / "skips.png", tutorial.png(draw_skips(params, model, teacher.given.tokenizer, texts)))
     print(summary.to_string(index=False, float_format="{:.3f}".format))
     return summary
