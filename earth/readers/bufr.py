@@ -150,7 +150,7 @@ def stream_bufr(
     kind: str | None = None,
     *,
     messages: int | None = None,
-    min_confidence: float = 50.0,
+    min_confidence: float | int = 50,
     variables: Sequence[str] | None = None,
     derive_wind: bool = True,
 ) -> Iterator[tuple[pd.DataFrame, DropReport]]:
@@ -185,7 +185,7 @@ def read_bufr(
     path: str | os.PathLike[str],
     kind: str | None = None,
     *,
-    min_confidence: float = 50.0,
+    min_confidence: float | int = 50,
     variables: Sequence[str] | None = None,
     derive_wind: bool = True,
 ) -> tuple[pd.DataFrame, DropReport]:
@@ -270,7 +270,7 @@ def _long_tables(
     path: Path,
     kind: str | None,
     size: int | None,
-    min_confidence: float,
+    min_confidence: float | int,
     variables: Sequence[str] | None,
     derive_wind: bool,
 ) -> Iterator[tuple[pd.DataFrame, DropReport]]:
@@ -318,7 +318,7 @@ def _to_long(
     frame: pd.DataFrame,
     kind: BufrKind,
     report: DropReport,
-    min_confidence: float,
+    min_confidence: float | int,
     variables: Sequence[str] | None,
     derive_wind: bool,
 ) -> pd.DataFrame:
