@@ -181,10 +181,10 @@ def append(
     """Adds canonical tables to an archive, creating it if need be.
 
     Rows wait in memory by sensor and span; when more than `hold` of them wait, the earliest spans are written until
-    half are left. Tables in order of time therefore write each span once. A span that is already there is read,
-    completed and written to a new segment; its old chunks are removed after the commit. Duplicates (as in
-    `observations.validate`; the first one stays) are dropped and counted, so appending the same tables again changes
-    nothing.
+    half are left. Tables in order of time therefore write each span once; for those in order of station, raise `hold`
+    as far as memory allows. A span that is already there is read, completed and written to a new segment; its old
+    chunks are removed after the commit. Duplicates (as in `observations.validate`; the first one stays) are dropped
+    and counted, so that appending the same tables again changes nothing.
 
     Args:
       path: folder of the archive.

@@ -25,7 +25,7 @@ import pandas as pd
 from earth import observations, sensors
 from earth.observations import DropReport, EmptyWindowError, SchemaError
 from earth.readers.stations import wind_components
-from earth.readers.tables import view_angle
+from earth.readers.tables import drop_impossible, view_angle
 
 
 class MissingExtraError(ImportError):
@@ -338,9 +338,9 @@ def _to_long(
         return out
 
     channel = number(kind.channel)
-    condemned = np.zeros(n, bool)
+    flagged = np.zeros(n, bool)
     for key, bits in kind.flags:
-        condemned |= (np.nan_to_num(number(key)).astype(np.int64) & bits) != 0
+        flagged |= (np.nan_to_num(number(key)).astype(np.int64) & bits) != 0
     values: dict[str, np.ndarray] = {}
     for key, (variable, factor) in kind.values.items():
         value, confidence = number(key) * factor, number(f"{key}->percentConfidence")
@@ -378,27 +378,20 @@ def _to_long(
         "view_angle": view_angle(number(kind.zenith_angle), sensors.sensor(kind.sensor)),
         "channel": np.nan_to_num(channel, nan=-1.0),
         "platform": platform,
+        "qc": flagged.astype(np.int8),
     }
     tables = []
     for variable, value in values.items():
-        given = ~np.isnan(value)
-        low, high = sensors.describe(variable).valid_range
-        value = np.where(np.isclose(value, -1e-4) & variable.startswith("total_precip"), 0.0, value)  # a trace
-        possible = (value >= low) & (value <= high)
-        # The units are certain, so that values beyond the range are errors however many there are.
-        for reason, bad in (
-            (f"{variable} outside its valid range", given & ~possible),
-            ("quality flag not 0", given & possible & condemned),
-        ):
-            report.rows_in += int(bad.sum())
-            report.drop(reason, int(bad.sum()))
-        rows = np.flatnonzero(given & possible & ~condemned)
-        table = {name: column[rows] for name, column in base.items()}
-        tables.append(pd.DataFrame(table).assign(variable=variable, value=value[rows], sensor=kind.sensor, row=rows))
+        if variable.startswith("total_precipitation"):
+            value = np.where(np.isclose(value, -1e-4), 0.0, value)  # -0.1 mm is the code of a trace
+        rows = np.flatnonzero(~np.isnan(value))
+        part = pd.DataFrame({name: column[rows] for name, column in base.items()})
+        tables.append(part.assign(variable=variable, value=value[rows], sensor=kind.sensor, row=rows))
     if not tables:
         return pd.DataFrame()
     # Values of a report side by side, levels in the file's order.
-    return pd.concat(tables, ignore_index=True).sort_values("row", kind="stable", ignore_index=True)
+    table = pd.concat(tables, ignore_index=True).sort_values("row", kind="stable")
+    return drop_impossible(table, report)
 
 
 def _platforms(frame: pd.DataFrame, kind: BufrKind) -> np.ndarray:

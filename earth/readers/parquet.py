@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 
 from earth import observations, sensors
 from earth.observations import DropReport, EmptyWindowError, SchemaError
-from earth.readers.tables import read_table, view_angle
+from earth.readers.stations import wind_components
+from earth.readers.tables import drop_impossible, read_table, view_angle
 
 # mnemonic -> (variable aloft, variable at the ground, factor to SI, mnemonic of its quality mark)
 _NNJA: dict[str, tuple[str, str, float, str]] = {
@@ -63,6 +64,7 @@ _PLACE = {
     "block": ("WMOB",),
     "number": ("WMOS",),
 }
+_CHANNELS = "channel_table.parquet"
 _LONG = ("Observation", "Global_Channel_ID", "Observation_Type", "QC_Flag", "Analysis_Use_Flag")
 # HealDA's conventional channels -> (variable aloft, variable at the ground, factor to SI)
 _CONVENTIONAL = {
@@ -108,10 +110,12 @@ def stream_parquet(
         source = open_parquet(file)
         names = source.schema_arrow.names
         layout = layout_of(names)
+        if layout and options:
+            raise SchemaError(f"{next(iter(options))}= is for plain tables, but {file} is one of NNJA-AI or HealDA")
         columns = [n for n in names if _is_known(n)] if layout else None
         table = _channel_table(channels, file) if layout == "long" else None
         for batch in source.iter_batches(batch_size=rows, columns=columns):
-            frame = _frame(batch)
+            frame = pa.Table.from_batches([batch]).to_pandas()
             try:
                 if layout is None:
                     valid, report = read_table(frame, sensor=sensor, **options)
@@ -122,7 +126,7 @@ def stream_parquet(
                         if table is not None
                         else _from_wide(frame, _needed(sensor, file), quality_max)
                     )
-                    valid, report = observations.validate(long)
+                    valid, report = observations.validate(drop_impossible(long, first))
                     report.rows_in += first.rows_in
                     for reason, count in first.dropped.items():
                         report.drop(reason, count)
@@ -148,11 +152,11 @@ def files(path: Path) -> list[Path]:
     """The parquet files of a folder in the order of their names, or the file itself."""
     if not path.exists():
         raise FileNotFoundError(f"observation file {path} does not exist")
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    files = [f for f in files if f.name != "channel_table.parquet"]
-    if not files:
+    found = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    found = [file for file in found if file.name != _CHANNELS]
+    if not found:
         raise SchemaError(f"{path} holds no parquet file")
-    return files
+    return found
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -163,11 +167,6 @@ def open_parquet(file: Path) -> pq.ParquetFile:
         raise SchemaError(
             f"{file} cannot be read as parquet; is it truncated or of another format? ({error})"
         ) from error
-
-
-def _frame(batch: Any) -> pd.DataFrame:
-    """A record batch as a frame with the index its writer had."""
-    return pa.Table.from_batches([batch]).to_pandas()
 
 
 def _is_known(name: str) -> bool:
@@ -192,28 +191,42 @@ def _from_wide(frame: pd.DataFrame, sensor: str, quality_max: int) -> pd.DataFra
     short = {}  # bare name -> column; the outermost of several sequences counts
     for name in sorted(frame.columns, key=lambda n: (n.count("."), n)):
         short.setdefault(name.rsplit(".", 1)[-1], name)
-    parts = []
-    for bare, name in short.items():
+    values: dict[tuple[str, int, int], np.ndarray] = {}  # by variable, level in Pa (0 none) and channel (-1 none)
+    flags: dict[tuple[str, int, int], np.ndarray] = {}
+    for bare, name in short.items():  # TMANT before TMBR, which wins
         found, channel = _MNEMONIC.fullmatch(bare), _WIDE_CHANNEL.fullmatch(bare)
-        if channel is None and (found is None or found[1] not in _NNJA):
-            continue
-        aloft, ground, factor, mark = _NNJA["TMBR"] if channel or not found else _NNJA[found[1]]
-        level = found[2] if found and not channel else None
-        variable = aloft if kind.vertical != "surface" or level else ground
-        if not variable or (kind.vertical == "pressure") != bool(level):
-            continue
-        value = observations.to_numbers(frame[name]) * factor
-        quality = short.get(f"{mark}_PRLC{level}" if level else mark)
-        marks = observations.to_numbers(frame[quality]) if mark and quality else np.zeros(len(frame))
-        part = {**base, "value": value, "qc": (marks > quality_max).astype(np.int8)}
-        if level:
-            part["pressure"] = np.full(len(frame), float(level))
-        number = int(channel[1]) if channel else int(found[3]) if found and found[3] else -1
-        rows = np.flatnonzero(~np.isnan(value))
-        parts.append(pd.DataFrame({k: v[rows] for k, v in part.items()}).assign(variable=variable, channel=number))
-    if not parts:
+        if channel is not None:
+            key = ("brightness_temperature", 0, int(channel[1]))
+            values[key], flags[key] = observations.to_numbers(frame[name]), np.zeros(len(frame), bool)
+        elif found is not None and found[1] in _NNJA:
+            aloft, ground, factor, mark = _NNJA[found[1]]
+            variable = ground if kind.vertical == "surface" else aloft
+            if not variable or (kind.vertical == "pressure") != bool(found[2]):
+                continue
+            key = (variable, int(found[2] or 0), int(found[3] or -1))
+            quality = short.get(f"{mark}_PRLC{found[2]}" if found[2] else mark)
+            marks = observations.to_numbers(frame[quality]) if mark and quality else np.zeros(len(frame))
+            values[key], flags[key] = observations.to_numbers(frame[name]) * factor, marks > quality_max
+    if not values:
         raise SchemaError(f"no column of a {sensor} variable found among {', '.join(map(str, frame.columns[:20]))} ...")
-    return pd.concat(parts, ignore_index=True).assign(sensor=sensor)
+    for variable, level, channel in list(values):
+        if variable.endswith("wind_speed"):
+            speed, turn = ((variable.replace("speed", part), level, channel) for part in ("speed", "direction"))
+            if turn in values:
+                parts = wind_components(values[speed], values[turn])
+                for letter, part in zip("uv", parts, strict=True):
+                    key = (variable.replace("wind_speed", f"{letter}_component_of_wind"), level, channel)
+                    values[key], flags[key] = part, flags[speed] | flags[turn]
+    tables = []
+    for (variable, level, channel), value in values.items():
+        rows = np.flatnonzero(~np.isnan(value))
+        part = {name: column[rows] for name, column in base.items()} | {"value": value[rows]}
+        part |= {
+            "qc": flags[variable, level, channel][rows].astype(np.int8),
+            "pressure": np.full(len(rows), level or np.nan),
+        }
+        tables.append(pd.DataFrame(part).assign(variable=variable, channel=channel, sensor=sensor))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _places(frame: pd.DataFrame, kind: sensors.Sensor | None) -> dict[str, np.ndarray]:
@@ -257,10 +270,10 @@ def _channel_table(channels: Any, file: Path) -> pd.DataFrame:
     if isinstance(channels, pd.DataFrame):
         table = channels
     else:
-        found = [Path(channels)] if channels is not None else [p / "channel_table.parquet" for p in file.parents]
+        found = [Path(channels)] if channels is not None else [p / _CHANNELS for p in file.parents]
         path = next((p for p in found if p.exists()), None)
         if path is None:
-            raise SchemaError(f"no channel_table.parquet beside or above {file}; pass channels= with its path")
+            raise SchemaError(f"no {_CHANNELS} beside or above {file}; pass channels= with its path")
         table = pd.DataFrame(open_parquet(path).read().to_pandas())
     for name in ("Global_Channel_ID", "name", "min_valid", "max_valid"):
         if name not in table:

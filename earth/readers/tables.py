@@ -487,6 +487,22 @@ def view_angle(zenith: np.ndarray, kind: sensors.Sensor) -> np.ndarray:
     return np.rad2deg(np.arcsin(ratio * np.sin(np.deg2rad(np.where(np.abs(zenith) <= 90, zenith, np.nan)))))
 
 
+def drop_impossible(table: pd.DataFrame, report: DropReport) -> pd.DataFrame:
+    """A long table without the values outside their variable's valid range, which are counted as rows read and dropped.
+
+    For formats that fix the units: there such values are errors, however many they are, and not the sign of a wrong
+    unit that `observations.validate` takes them for.
+    """
+    codes, names = pd.factorize(table["variable"])
+    limits = np.array([sensors.describe(str(name)).valid_range for name in names]).reshape(-1, 2)
+    value = table["value"].to_numpy(np.float64)
+    bad = ~((value >= limits[codes, 0]) & (value <= limits[codes, 1]))
+    for code, count in enumerate(np.bincount(codes[bad], minlength=len(names))):
+        report.rows_in += int(count)
+        report.drop(f"{names[code]} outside its valid range", int(count))
+    return table.loc[~bad].reset_index(drop=True)
+
+
 def _merge(
     values: np.ndarray, errors: np.ndarray | None, group: np.ndarray, first: np.ndarray, report: DropReport
 ) -> None:

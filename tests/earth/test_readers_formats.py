@@ -464,6 +464,8 @@ def test_nnja_radiances_in_batches_from_hive_folders(tmp_path):
     assert (np.abs(reports.view_angle) < frame["SAZA"]).all()
     with pytest.raises(SchemaError, match="does not say which sensor it is of; pass sensor="):
         next(stream_parquet(tmp_path / "amsua"))
+    with pytest.raises(SchemaError, match="timezone= is for plain tables"):
+        next(stream_parquet(tmp_path / "amsua", sensor="amsua", timezone="UTC"))
 
 
 def test_nnja_stations_and_their_quality_marks(tmp_path):
@@ -494,6 +496,8 @@ def test_nnja_stations_and_their_quality_marks(tmp_path):
     np.testing.assert_array_equal(values["2m_temperature"], [275.0, 276.0, np.nan])
     np.testing.assert_allclose(values["2m_relative_humidity"], [0.9, 0.7, 0.8], rtol=1e-6)
     np.testing.assert_array_equal(values["surface_pressure"], [99_000.0, 99_100.0, 101_000.0])
+    np.testing.assert_allclose(values["10m_u_component_of_wind"], [0.0, 0.0, -4.0], atol=1e-6)
+    np.testing.assert_allclose(values["10m_v_component_of_wind"], [-3.0, 5.0, 0.0], atol=1e-6)
     everything, _ = read(tmp_path / "adpsfc.parquet", sensor="station", quality_max=15)
     assert len(everything) == len(table) + 1
 
