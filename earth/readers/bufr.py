@@ -60,6 +60,11 @@ class BufrKind:
     sequence: int = 0
     batch: int = 500
 
+    def takes(self, message: Any) -> bool:
+        """Whether a message, not yet unpacked, is of this kind."""
+        descriptors = np.atleast_1d(message["unexpandedDescriptors"])
+        return int(message["dataCategory"]) in self.categories and self.sequence in (0, *descriptors)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys to ask pdbufr for."""
@@ -236,33 +241,31 @@ class _Messages:
     def __init__(self, file: Any, path: Path, kind: str | None):
         self.file, self.path, self.name = file, path, kind
         self.number = -1  # of the message handed out last
-        self.skipped: dict[int, int] = {}  # data category -> messages of another kind
+        self.skipped: set[int] = set()  # data categories of messages of other kinds
         self.taken = 0
 
     def __iter__(self) -> Iterator[Any]:
         for message in self.file:
             self.number += 1
             self.file.open_messages.clear()  # pdbufr closes each message; the list of them would only grow
-            category = int(message["dataCategory"])
             if self.name is None:
-                self.name = _kind_of(message, category, self.path)
-            kind = KINDS[self.name]
-            if category in kind.categories and kind.sequence in (0, *np.atleast_1d(message["unexpandedDescriptors"])):
+                self.name = _kind_of(message, self.path)
+            if KINDS[self.name].takes(message):
                 self.taken += 1
                 yield message
             else:
-                self.skipped[category] = self.skipped.get(category, 0) + 1
+                self.skipped.add(int(message["dataCategory"]))
                 message.close()
 
 
-def _kind_of(message: Any, category: int, path: Path) -> str:
-    descriptors = np.atleast_1d(message["unexpandedDescriptors"])
+def _kind_of(message: Any, path: Path) -> str:
     for name, kind in KINDS.items():
-        if category in kind.categories and kind.sequence in (0, *descriptors):
+        if kind.takes(message):
             return name
+    category, sequence = int(message["dataCategory"]), int(np.atleast_1d(message["unexpandedDescriptors"])[0])
     raise SchemaError(
-        f"{path} starts with a message of data category {category}, sequence {int(descriptors[0]):06d}, which is none "
-        f"of {', '.join(KINDS)}; NCEP prepbufr carries tables of its own: convert it to IODA first"
+        f"{path} starts with a message of data category {category}, sequence {sequence:06d}, which is none of "
+        f"{', '.join(KINDS)}; NCEP prepbufr carries tables of its own: convert it to IODA first"
     )
 
 
@@ -299,8 +302,8 @@ def _long_tables(
                     "in tables that ecCodes lacks?"
                 ) from error
             report = DropReport()
-            for category, count in messages.skipped.items():
-                report.note(f"{count} messages of data category {category} skipped")
+            for category in messages.skipped:
+                report.note(f"messages of data category {category} skipped")
             table = _to_long(frame, wanted, report, min_confidence, variables, derive_wind)
             if len(table):
                 yield table, report
