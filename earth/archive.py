@@ -379,7 +379,8 @@ def read(
 ) -> pd.DataFrame:
     """The canonical table of all rows with start <= time < end, sorted by (sensor, platform, time) as `validate` does.
 
-    Only the chunks of spans that the time index puts in the period are read.
+    Only the chunks of spans that the time index puts in the period are read. A station that moved between two appended
+    tables still has one name here; `validate` splits it.
 
     Args:
       start, end: anything `parse_times` reads (UTC), or seconds since 1970; None is open.

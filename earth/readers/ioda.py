@@ -21,7 +21,8 @@ from earth import observations, sensors
 from earth.observations import DropReport, EmptyWindowError, SchemaError
 from earth.readers.tables import wide_to_reports
 
-_HUGE = 1e30  # IODA's missing float is -3.37e38, its missing integer is below
+# What IODA writes for missing, should a file not say so in _FillValue: -3.37e38, and the integers near their minimum.
+_HUGE = 1e30
 _MISSING_INTEGERS = (-(2**31), -2147483643, -(2**63), -9223372036854775801)
 _PLACE = ("latitude", "longitude", "dateTime", "datetime", "pressure", "sensorZenithAngle", "sensorViewAngle")
 _PLATFORM = ("stationIdentification", "satelliteIdentifier")
@@ -31,7 +32,7 @@ _HEIGHT = ("stationElevation", "height")
 def is_ioda(path: str | os.PathLike[str]) -> bool:
     """Whether a netCDF file has the groups of IODA."""
     try:
-        groups = xr.open_groups(path)
+        groups = xr.open_groups(path, decode_timedelta=False)
     except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError):
         return False
     for group in groups.values():
@@ -91,22 +92,19 @@ def _to_frame(
     meta, values = groups["MetaData"], groups["ObsValue"]
     if not values.data_vars:
         raise SchemaError(f"{path} has no variable in its group ObsValue")
-    place = next(
-        str(d) for d in (meta["latitude"] if "latitude" in meta else next(iter(values.data_vars.values()))).dims
-    )
-    if not values.sizes.get(place):
+    if "latitude" not in meta or not meta["latitude"].ndim:
+        raise SchemaError(f"{path} has no latitude in its group MetaData, only {', '.join(map(str, meta.data_vars))}")
+    place = str(meta["latitude"].dims[0])
+    if not meta.sizes[place]:
         raise EmptyWindowError(f"{path} has no location; leave it out")
     columns: dict[str, Any] = {}
-    height = _HEIGHT if not sensors.sensor(sensor).moving else _HEIGHT[::-1]
-    names = [*_PLACE, *_PLATFORM, *[n for n in height if n in meta][:1]]
-    for name in names:
+    attributes: dict[str, str] = {}
+    height = _HEIGHT[::-1] if sensors.sensor(sensor).moving else _HEIGHT
+    for name in (*_PLACE, *_PLATFORM, *[n for n in height if n in meta][:1]):
         if name in meta and meta[name].dims == (place,):
             columns[f"MetaData/{name}"] = _column(meta[name])
-    attributes = {
-        f"MetaData/{n}": str(meta[n].attrs["units"])
-        for n in ("pressure",)
-        if "units" in meta.get(n, xr.DataArray()).attrs
-    }
+            if "units" in meta[name].attrs:
+                attributes[f"MetaData/{name}"] = str(meta[name].attrs["units"])
     checks = _checks(groups, preqc_max, effective_qc)
     flagged: dict[str, int] = {}
     for name, array in values.data_vars.items():
@@ -138,7 +136,7 @@ def _open(path: Path) -> dict[str, xr.Dataset]:
     if not path.exists():
         raise FileNotFoundError(f"observation file {path} does not exist")
     try:
-        groups = {name.strip("/"): group.load() for name, group in xr.open_groups(path).items()}
+        groups = {name.strip("/"): group.load() for name, group in xr.open_groups(path, decode_timedelta=False).items()}
     except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError) as error:
         raise SchemaError(
             f"{path} cannot be opened as netCDF with groups; is it truncated, of another format, or netCDF4 not "

@@ -98,6 +98,14 @@ def test_a_moving_platform_may_be_at_two_places_and_a_fixed_one_not(tmp_path):
     assert read(tmp_path / "a")["sensor"].tolist() == ["ship", "ship", "station"]
 
 
+def test_a_station_that_moved_between_tables_is_split_by_validate(tmp_path):
+    day, next_day = by_day(canonical(2).query("platform == 'S0'"))
+    append(tmp_path / "a", [day, next_day.assign(latitude=next_day["latitude"] + 1.0)])
+    table = read(tmp_path / "a")
+    assert set(table["platform"]) == {"S0"}
+    assert set(validate(table)[0]["platform"]) == {"S0", "S0@2"}
+
+
 def test_names_and_times_survive(tmp_path):
     table = canonical(1).query("sensor == 'station'").reset_index(drop=True)
     table["platform"] = table["platform"].cat.rename_categories({"S0": 'Zürich|"1"', "S1": "0123", "S2": "台北\n2"})

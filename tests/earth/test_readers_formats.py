@@ -403,6 +403,7 @@ def test_ioda_radiances(tmp_path):
     assert report.masked == {"brightnessTemperature: EffectiveQC1 not passed": 1}
     tb[0, 1] = np.nan
     np.testing.assert_array_equal(reports.values, tb)
+    assert reports.times[0] == np.datetime64("2021-08-01T00:00:00")
     assert set(table["obs_error"]) == {0.5}
     assert reports.view_angle is not None
     assert reports.view_angle[0] == 0.0
@@ -419,6 +420,10 @@ def test_ioda_files_that_are_none(tmp_path):
     with pytest.raises(SchemaError, match="has no group MetaData"):
         read_ioda(tmp_path / "plain.nc")
     assert format_of(tmp_path / "plain.nc") == "arrays"
+    only: Any = {"airTemperature": (("Location",), np.zeros(2, np.float32), {})}
+    path = ioda_file(tmp_path / "nowhere.nc", {"MetaData": only, "ObsValue": only}, {"Location": 2})
+    with pytest.raises(SchemaError, match="has no latitude in its group MetaData, only airTemperature"):
+        read_ioda(path)
     none: Any = {"latitude": (("Location",), np.zeros(0, np.float32), {})}
     path = ioda_file(tmp_path / "empty.nc", {"MetaData": none, "ObsValue": none}, {"Location": 0})
     with pytest.raises(EmptyWindowError, match="has no location"):
