@@ -421,7 +421,8 @@ def value_column(
         target = sensors.lookup_alias(stem, sensor) if suffix else None
         key, unit = (name_key(stem), bracket or suffix) if target else (key, unit)
     if target is None:
-        return Column(name, name, by_unit, False, bracket, False)
+        own = bare if plain_name(name)[0] else name  # without IODA's group
+        return Column(name, own, by_unit, False, bracket, False)
     return Column(name, target, by_unit, name == target, unit, len(key) <= 2)
 
 

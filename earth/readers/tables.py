@@ -473,12 +473,34 @@ def _view_angle(frame: pd.DataFrame, out: Layout, kind: sensors.Sensor) -> np.nd
     if "view_angle" in out.roles:
         return observations.to_numbers(frame[out.roles["view_angle"]])
     if "zenith_angle" in out.roles:
-        zenith = observations.to_numbers(frame[out.roles["zenith_angle"]])
-        radius = observations.EARTH_RADIUS_KM * 1e3
-        ratio = radius / (radius + kind.altitude) if np.isfinite(kind.altitude) else 1.0
-        # Law of sines in the triangle of the Earth's centre, the ground and the satellite.
-        return np.rad2deg(np.arcsin(ratio * np.sin(np.deg2rad(np.where(np.abs(zenith) <= 90, zenith, np.nan)))))
+        return view_angle(observations.to_numbers(frame[out.roles["zenith_angle"]]), kind)
     return None
+
+
+def view_angle(zenith: np.ndarray, kind: sensors.Sensor) -> np.ndarray:
+    """Degrees from nadir at the satellite from the zenith angle at the ground (degrees), NaN beyond the horizon.
+
+    Law of sines in the triangle of the Earth's centre, the ground and the satellite.
+    """
+    radius = observations.EARTH_RADIUS_KM * 1e3
+    ratio = radius / (radius + kind.altitude) if np.isfinite(kind.altitude) else 1.0
+    return np.rad2deg(np.arcsin(ratio * np.sin(np.deg2rad(np.where(np.abs(zenith) <= 90, zenith, np.nan)))))
+
+
+def drop_impossible(table: pd.DataFrame, report: DropReport) -> pd.DataFrame:
+    """A long table without the values outside their variable's valid range, which are counted as rows read and dropped.
+
+    For formats that fix the units: there such values are errors, however many they are, and not the sign of a wrong
+    unit that `observations.validate` takes them for.
+    """
+    codes, names = pd.factorize(table["variable"])
+    limits = np.array([sensors.describe(str(name)).valid_range for name in names]).reshape(-1, 2)
+    value = table["value"].to_numpy(np.float64)
+    bad = ~((value >= limits[codes, 0]) & (value <= limits[codes, 1]))
+    for code, count in enumerate(np.bincount(codes[bad], minlength=len(names))):
+        report.rows_in += int(count)
+        report.drop(f"{names[code]} outside its valid range", int(count))
+    return table.loc[~bad].reset_index(drop=True)
 
 
 def _merge(
