@@ -176,6 +176,40 @@ def query(
     return {name: values.reshape(shape) for name, values in out.items()}
 
 
+def profiles(
+    truth: Truth, variable: str, time: Times, latitude: Numbers, longitude: Numbers
+) -> tuple[Float[np.ndarray, "*n K"], Float[np.ndarray, "*n K"]]:
+    """Whole columns of the truth, which is linear in ln(pressure) between the nodes given here.
+
+    Args:
+      truth: see `truth_from_dataset`.
+      variable: "temperature", "u_component_of_wind" or "v_component_of_wind".
+      time, latitude, longitude: as for `query`.
+
+    Returns:
+      Pressure in Pa and value in SI of K nodes, the ground first, then the layer centres upwards.
+
+    Raises:
+      TruthQueryError: as for `query`.
+    """
+    if variable not in _COLUMN:
+        raise TruthQueryError(f"variable {variable!r} is not one of {_COLUMN}")
+    parts = (np.asarray(time, "datetime64[ns]"), np.asarray(latitude, float), np.asarray(longitude, float))
+    shape = np.broadcast_shapes(*(part.shape for part in parts))
+    times, lats, lons = (np.broadcast_to(part, shape).ravel() for part in parts)
+    _check(truth, times, lats, lons)
+    nodes = np.concatenate([[0.0], np.log(truth.sigma)])
+    pressure, values = np.empty((2, times.size, len(nodes)))
+    for start in range(0, times.size, _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        corners = list(_corners(truth, times[rows], lats[rows], lons[rows]))
+        log_surface = np.asarray(sum(w * truth.log_pressure[t, j, i] for t, j, i, w in corners))
+        column = np.asarray(sum(w[:, None] * truth.columns[variable][t, j, i] for t, j, i, w in corners))
+        pressure[rows] = np.exp(log_surface[:, None] + nodes)
+        values[rows] = _with_ground(column, nodes, variable)
+    return pressure.reshape(*shape, -1), values.reshape(*shape, -1)
+
+
 def hydrostatic_heights(
     temperature: Float[np.ndarray, "*N K"], log_sigma: Float[np.ndarray, " K"], surface_height: Float[np.ndarray, "*N"]
 ) -> Float[np.ndarray, "*N K"]:
