@@ -378,9 +378,9 @@ def place(placement: Placement, rngs: list[np.random.Generator], seed: int) -> t
     return lats, lons
 
 
-def is_sea(latitude: np.ndarray | float, longitude: np.ndarray | float, land_share: float) -> np.ndarray:
+def is_sea(latitude: np.ndarray, longitude: np.ndarray, land_share: float) -> np.ndarray:
     """Where the nature run's `continentality` is at most `land_share`; the truth itself knows no sea."""
-    return continentality(np.asarray(latitude), np.asarray(longitude)) <= land_share
+    return continentality(latitude, longitude) <= land_share
 
 
 def check_errors(errors: tuple[ErrorModel, ...], known: tuple[str, ...]) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from earth.osse.nature import OsseError
 
@@ -22,7 +21,7 @@ _SIDEREAL_RATE = 7.292115e-5  # rad s-1, WGS 84
 _SUN_RATE = 2 * np.pi / (365.2422 * 86400)  # rad s-1, mean motion of the sun
 GEOSTATIONARY_ALTITUDE = float((_GM / _SIDEREAL_RATE**2) ** (1 / 3)) - EARTH_RADIUS
 
-Angles = Float[np.ndarray, "*#n"] | float
+Angles = np.ndarray | np.floating | float  # arguments of one function are broadcast together
 
 
 class OrbitError(OsseError):
@@ -98,9 +97,7 @@ def sun_synchronous_inclination(altitude: float) -> float:
     return float(np.rad2deg(np.arccos(cosine)))
 
 
-def ground_track(
-    orbit: Orbit, time: np.ndarray
-) -> tuple[Float[np.ndarray, "*n"], Float[np.ndarray, "*n"], Float[np.ndarray, "*n"]]:
+def ground_track(orbit: Orbit, time: np.ndarray | np.datetime64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Latitude, longitude [-180, 180) and heading of the point below the satellite at UTC times (datetime64).
 
     The heading is that of the inertial velocity, clockwise from north: an instrument without yaw steering scans across
@@ -115,10 +112,10 @@ def ground_track(
     latitude = np.arcsin(np.sin(tilt) * np.sin(along))
     longitude = node + np.arctan2(np.cos(tilt) * np.sin(along), np.cos(along))
     heading = np.arctan2(np.cos(tilt), np.sin(tilt) * np.cos(along))
-    return np.rad2deg(latitude), wrap(np.rad2deg(longitude)), np.rad2deg(heading)
+    return np.asarray(np.rad2deg(latitude)), wrap(np.rad2deg(longitude)), np.asarray(np.rad2deg(heading))
 
 
-def scan(orbit: Orbit, time: np.ndarray, angle: Angles) -> Look:
+def scan(orbit: Orbit, time: np.ndarray | np.datetime64, angle: Angles) -> Look:
     """Ground points of a scan across the track; `time` and `angle` are broadcast together.
 
     Args:
@@ -167,22 +164,20 @@ def ground_arc(altitude: float, angle: Angles) -> tuple[np.ndarray, np.ndarray]:
     if np.any(np.abs(sine) > 1) or np.any(np.abs(angle) > 90):
         limit = np.rad2deg(np.arcsin(EARTH_RADIUS / (EARTH_RADIUS + altitude)))
         raise OrbitError(
-            f"angle {np.abs(angle).max():g} misses the Earth from {altitude:g} m; stay within {limit:.2f} degrees"
+            f"angle {np.max(np.abs(angle)):g} misses the Earth from {altitude:g} m; stay within {limit:.2f} degrees"
         )
-    zenith = np.rad2deg(np.arcsin(sine))
-    return zenith - angle, zenith
+    zenith = np.asarray(np.rad2deg(np.arcsin(sine)))
+    return np.asarray(zenith - angle), zenith
 
 
 def view_angles(altitude: float, arc: Angles) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of `ground_arc`: angle from nadir and zenith angle for a signed arc within [-180, 180]."""
     turn = np.deg2rad(arc)
     angle = np.rad2deg(np.arctan2(EARTH_RADIUS * np.sin(turn), EARTH_RADIUS + altitude - EARTH_RADIUS * np.cos(turn)))
-    return angle, angle + arc
+    return np.asarray(angle), np.asarray(angle + arc)
 
 
-def destination(
-    latitude: Angles, longitude: Angles, bearing: Float[np.ndarray, "*#n"], arc: Float[np.ndarray, "*#n"]
-) -> tuple[np.ndarray, np.ndarray]:
+def destination(latitude: Angles, longitude: Angles, bearing: Angles, arc: Angles) -> tuple[np.ndarray, np.ndarray]:
     """Goes along a great circle: latitude and longitude [-180, 180) in degrees, for `bearing` clockwise from north and
     `arc`, both in radians.
     """
@@ -190,7 +185,7 @@ def destination(
     sine = np.sin(lat0) * np.cos(arc) + np.cos(lat0) * np.sin(arc) * np.cos(bearing)
     sine = np.clip(sine, -1.0, 1.0)
     turn = np.arctan2(np.sin(bearing) * np.sin(arc) * np.cos(lat0), np.cos(arc) - np.sin(lat0) * sine)
-    return np.rad2deg(np.arcsin(sine)), wrap(longitude + np.rad2deg(turn))
+    return np.asarray(np.rad2deg(np.arcsin(sine))), wrap(longitude + np.rad2deg(turn))
 
 
 def great_circle(
@@ -202,12 +197,12 @@ def great_circle(
     side = np.cos(lat1) * np.sin(east)
     ahead = np.cos(lat0) * np.sin(lat1) - np.sin(lat0) * np.cos(lat1) * np.cos(east)
     cosine = np.sin(lat0) * np.sin(lat1) + np.cos(lat0) * np.cos(lat1) * np.cos(east)
-    return np.arctan2(side, ahead), np.arctan2(np.hypot(side, ahead), cosine)
+    return np.asarray(np.arctan2(side, ahead)), np.asarray(np.arctan2(np.hypot(side, ahead), cosine))
 
 
 def wrap(longitude: Angles) -> np.ndarray:
     """Degrees east in [-180, 180)."""
-    return (np.asarray(longitude) + 180.0) % 360.0 - 180.0
+    return np.asarray((longitude + 180.0) % 360.0 - 180.0)
 
 
 def _mean_motion(altitude: float) -> float:

@@ -289,9 +289,9 @@ def _at_sea(ships: DriftingShips, rng: np.random.Generator) -> tuple[float, floa
     """A point at sea, evenly over the sea between the latitude limits."""
     limit = np.sin(np.deg2rad(ships.max_latitude))
     while True:
-        latitude, longitude = np.rad2deg(np.arcsin(rng.uniform(-limit, limit))), rng.uniform(-180.0, 180.0)
-        if is_sea(latitude, longitude, ships.land_share):
-            return float(latitude), longitude
+        latitude, longitude = np.rad2deg(np.arcsin(rng.uniform(-limit, limit, 1))), rng.uniform(-180.0, 180.0, 1)
+        if is_sea(latitude, longitude, ships.land_share).all():
+            return float(latitude[0]), float(longitude[0])
 
 
 def _drift(
