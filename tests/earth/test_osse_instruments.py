@@ -49,6 +49,7 @@ from earth.osse import (
     vehicles,
 )
 from earth.sensors import Channel
+from examples import observing_system
 
 SIGMA = (np.arange(8) + 0.5) / 8
 LATITUDE = np.rad2deg(np.arcsin(np.polynomial.legendre.leggauss(16)[0]))
@@ -634,6 +635,15 @@ def test_an_instrument_changes_no_report_of_the_others(instant):
     pd.testing.assert_frame_equal(
         flown.reset_index(drop=True), whole.table[same].reset_index(drop=True), check_exact=True
     )
+
+
+def test_example_tables_and_maps_what_is_seen(instant, tmp_path, capsys):
+    assert observing_system.main(["--tiny", "--out", str(tmp_path / "out")]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "table.csv").set_index(["sensor", "variable"])
+    assert rows.loc[("simulated_amsua", "brightness_temperature:4"), "values"] == 169 * 10
+    assert len(rows) == 4 + 4 + 6 + 6 + 3 + 2 + 3 + 4
+    assert (tmp_path / "out" / "coverage.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "well-mixed absorber" in capsys.readouterr().out
 
 
 def test_presets_build():
