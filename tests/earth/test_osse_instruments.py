@@ -514,7 +514,8 @@ def test_aircraft_fly_great_circles_at_their_speed_and_climb_as_stated(weather):
     assert table["height"].max() <= 12000
     gap = table.groupby("platform")["time"].diff()
     flight = (gap != pd.Timedelta(minutes=10)).cumsum()  # 90 minutes on the ground are longer
-    flights = 0
+    flights, ends = 0, []
+    first, last = table["time"].min() + pd.Timedelta(minutes=10), table["time"].max() - pd.Timedelta(minutes=10)
     for _, part in table.groupby(flight):
         if len(part) < 3:
             continue
@@ -527,7 +528,11 @@ def test_aircraft_fly_great_circles_at_their_speed_and_climb_as_stated(weather):
         climb = np.diff(part["height"]) / 600
         assert np.abs(climb).max() <= 7.5 + 1e-9
         assert (np.diff(np.sign(np.round(climb, 9))) <= 0).all()  # up, level, down
+        ends += [part["height"].iloc[0]] * (part["time"].iloc[0] > first)
+        ends += [part["height"].iloc[-1]] * (part["time"].iloc[-1] < last)
     assert flights > 40
+    # at most 10 min after take-off from 1.5 km, or before landing; a little more where mountains hid the first report
+    assert (np.array(ends) < 7.5 * 600 + 1600).mean() > 0.97
     both = (table["height"] < 5000).mean()
     assert 0.02 < both < 0.4
 
@@ -585,6 +590,8 @@ def test_ships_stay_at_sea_and_never_jump():
         np.testing.assert_allclose(observed.truth[part.index], exact, rtol=1e-12, atol=1e-12)
         noise = part["value"] - exact - platforms.loc[part["platform"], f"bias_{model.variable}"].to_numpy()
         assert abs(noise.std() - model.noise) < 5 * model.noise / np.sqrt(2 * len(part))
+    biases = np.array([platforms[f"bias_{model.variable}"] / model.bias for model in ships.errors])
+    assert abs(biases.std() - 1) < 5 / np.sqrt(2 * biases.size)
 
 
 # --------------------------------------------------------------------------------------------------------------- system
