@@ -1,4 +1,4 @@
-"""Presets of a whole simulated observing system over mountains, continents and a diurnal cycle (all ours)."""
+"""Presets of a whole simulated observing system over mountains, a diurnal cycle and carried humidity (all ours)."""
 
 import dataclasses
 
@@ -22,9 +22,9 @@ def t21() -> OsseConfig:
     ships: some 270,000 values a day.
     """
     return OsseConfig(
-        nature=NatureConfig(days=30, save_hours=3, relief_height=2000.0, diurnal_amplitude=4.0),
+        nature=NatureConfig(days=30, save_hours=3, relief_height=2000.0, diurnal_amplitude=4.0, moisture=True),
         stations=StationNetwork(count=300),
-        radiosondes=RadiosondeNetwork(count=40, drift=True),
+        radiosondes=RadiosondeNetwork(count=40, drift=True, humidity=True),
         sounders=(MORNING, AFTERNOON),
         imagers=(DISC,),
         scatterometers=(Scatterometer(),),
@@ -42,9 +42,11 @@ def t31() -> OsseConfig:
 def tiny() -> OsseConfig:
     """The same instruments, fewer and thinned, over one day from rest: seconds. Not an atmosphere in any climate."""
     return OsseConfig(
-        nature=NatureConfig(spin_up_days=0, days=1, save_hours=6, relief_height=2000.0, diurnal_amplitude=4.0),
+        nature=NatureConfig(
+            spin_up_days=0, days=1, save_hours=6, relief_height=2000.0, diurnal_amplitude=4.0, moisture=True
+        ),
         stations=StationNetwork(count=30, cadence_hours=6, placement=Placement(clusters=3)),
-        radiosondes=RadiosondeNetwork(count=6, placement=Placement(clusters=3)),
+        radiosondes=RadiosondeNetwork(count=6, placement=Placement(clusters=3), humidity=True),
         sounders=tuple(dataclasses.replace(sounder, cadence_seconds=512) for sounder in (MORNING, AFTERNOON)),
         imagers=(dataclasses.replace(DISC, cadence_hours=6, spacing=1.5),),
         scatterometers=(Scatterometer(cadence_seconds=240),),

@@ -36,6 +36,7 @@ for _variable in (
         register_variable(_variable)
 
 
+@enum.unique
 class Stream(enum.IntEnum):
     """Second word of the seed of a random stream, after the experiment's: never reuse one."""
 
@@ -154,9 +155,10 @@ class SondeErrors:
     temperature: tuple[float, ...] = (1.2, 0.9, 0.8, 1.2, 1.5)
     wind: tuple[float, ...] = (1.5, 1.5, 2.1, 3.0, 2.5)
     geopotential_height: tuple[float, ...] = (7.0, 8.0, 12.0, 20.0, 27.0)
+    specific_humidity: tuple[float, ...] = (1e-3, 8e-4, 3e-4, 5e-5, 1e-5)
 
     def __post_init__(self):
-        for name in ("temperature", "wind", "geopotential_height"):
+        for name in ("temperature", "wind", "geopotential_height", "specific_humidity"):
             errors = getattr(self, name)
             if len(errors) != len(self.pressure) or min(errors) < 0:
                 raise InstrumentError(f"{name}={errors} needs one error >= 0 per pressure of {self.pressure}")
@@ -170,7 +172,7 @@ class SondeErrors:
 
 @dataclasses.dataclass(frozen=True)
 class RadiosondeNetwork:
-    """Balloon soundings: temperature, u, v, and on mandatory levels geopotential height.
+    """Balloon soundings: temperature, u, v, on mandatory levels geopotential height, and specific humidity on request.
 
     Levels: the mandatory ones, the ground, and significant ones. A significant level is a layer centre of the nature
     run (its profiles are straight lines in ln p between them) where temperature or wind departs from the line through
@@ -187,6 +189,7 @@ class RadiosondeNetwork:
       placement: where the sites are.
       missing_sounding: probability that a launch does not happen.
       early_burst: probability that the balloon bursts at a height drawn evenly in ln(p) between 500 hPa and the top.
+      humidity: measure specific humidity too, which the nature run must carry; observed values are cut at 0.
       drift: report times and positions of the balloon, which rises at `ascent_rate` with the wind from the nominal hour
         on; else all levels stand over the site at the nominal hour.
       ascent_rate: m/s.
@@ -204,6 +207,7 @@ class RadiosondeNetwork:
     placement: Placement = Placement()
     missing_sounding: float = 0.05
     early_burst: float = 0.1
+    humidity: bool = False
     drift: bool = False
     ascent_rate: float = 5.0
     prefix: str = "RS"
@@ -312,6 +316,7 @@ def observe_radiosondes(truth: Truth, network: RadiosondeNetwork, seed: int) -> 
     pressure, mandatory, ground = _candidates(truth, network, nominal, latitude[site], longitude[site], burst)
     when, lat, lon = _positions(truth, network, nominal, latitude[site], longitude[site], pressure)
     names = ("temperature", "u_component_of_wind", "v_component_of_wind", "geopotential_height")
+    names += ("specific_humidity",) * network.humidity
     inside = np.isfinite(pressure) & (when <= truth.end)
     exact = query(
         truth, names, np.where(inside, when, truth.start), lat, lon, pressure=np.where(inside, pressure, np.nan)
@@ -327,7 +332,10 @@ def observe_radiosondes(truth: Truth, network: RadiosondeNetwork, seed: int) -> 
     noise = np.empty_like(values)
     for index, rng in enumerate(rngs):  # each site's stream goes on where its launches ended
         own = site == index
-        noise[own] = rng.standard_normal((int(own.sum()), *values.shape[1:]))
+        for part in (slice(4), slice(4, len(names))):  # humidity last: it changes no other value
+            noise[own, :, part] = rng.standard_normal(noise[own, :, part].shape)
+    observed = values + sd * noise
+    observed[..., 4:] = np.maximum(observed[..., 4:], 0.0)
     present = np.repeat(kept[..., None], len(names), axis=-1)
     present[..., 3] &= mandatory
     sounding, level, which = np.nonzero(present)
@@ -341,7 +349,7 @@ def observe_radiosondes(truth: Truth, network: RadiosondeNetwork, seed: int) -> 
             "longitude": lon[sounding, level],
             "height": np.full(len(order), np.nan),
             "pressure": pressure[sounding, level],
-            "value": (values + sd * noise)[rows],
+            "value": observed[rows],
             "obs_error": sd[rows],
         },
         np.asarray(names, object)[which],

@@ -24,18 +24,22 @@ from earth.osse import (
     DriftingShips,
     ErrorModel,
     InstrumentError,
+    NatureConfig,
     Orbit,
     OrbitError,
     OsseConfig,
     Placement,
+    RadiosondeNetwork,
     Scatterometer,
     SounderChannel,
     Truth,
     TruthQueryError,
     brightness_temperature,
     nature,
+    nature_run,
     observe_aircraft,
     observe_imager,
+    observe_radiosondes,
     observe_scatterometer,
     observe_ships,
     observe_sounder,
@@ -71,6 +75,7 @@ def atmosphere(steps=9, hours=3, temperature=None) -> xr.Dataset:
         "temperature": warm,
         "u_component_of_wind": 40 * (1 - s) * np.sin(2 * j) ** 2 + 3 * np.cos(4 * i + t),
         "v_component_of_wind": 5 * np.cos(4 * i - 0.2 * t) * np.cos(j) + 0 * s,
+        "specific_humidity": 0.015 * s**3 * np.cos(j) ** 2 * (1 + 0.3 * np.sin(2 * i + 0.1 * t)),
     }
     shape = (steps, 8, 16, 32)
     hill = 1500 * np.exp(-(((j - 0.6) / 0.3) ** 2) - ((i - 1.6) / 0.5) ** 2)
@@ -329,7 +334,7 @@ def test_profiles_are_the_truth_at_its_nodes(weather):
     rng = np.random.default_rng(3)
     lat, lon = rng.uniform(-90, 90, (5, 40)), rng.uniform(-180, 180, 40)
     time = hours_after(weather.start, rng.uniform(0, 24, (5, 1)))
-    for name in ("temperature", "u_component_of_wind"):
+    for name in ("temperature", "u_component_of_wind", "specific_humidity"):
         pressure, values = profiles(weather, name, time, lat, lon)
         assert pressure.shape == (5, 40, 9)
         exact = query(weather, [name], time[..., None], lat[..., None], lon[:, None], pressure=pressure)[name]
@@ -594,6 +599,57 @@ def test_ships_stay_at_sea_and_never_jump():
     assert abs(biases.std() - 1) < 5 / np.sqrt(2 * biases.size)
 
 
+# ------------------------------------------------------------------------------------------------------------- humidity
+def test_sondes_measure_humidity_on_request_and_nothing_else_changes(weather):
+    wet = watch(observe_radiosondes, weather, RadiosondeNetwork(count=60, humidity=True), 0)
+    dry = watch(observe_radiosondes, weather, RadiosondeNetwork(count=60), 0)
+    humid = wet.table["variable"] == "specific_humidity"
+    pd.testing.assert_frame_equal(wet.table[~humid].reset_index(drop=True), dry.table, check_exact=True)
+    part = wet.table[humid]
+    at = (part["time"].to_numpy(), part["latitude"], part["longitude"])
+    exact = query(weather, ["specific_humidity"], *at, pressure=part["pressure"])["specific_humidity"]
+    np.testing.assert_allclose(wet.truth[humid], exact, rtol=1e-12)
+    assert part["value"].min() == 0  # cut
+    sure = exact > 5 * part["obs_error"]
+    noise = ((part["value"] - exact) / part["obs_error"])[sure]
+    assert abs(noise.mean()) < 5 / np.sqrt(sure.sum())
+    assert abs(noise.std() - 1) < 5 / np.sqrt(2 * sure.sum())
+    dry_truth = truth_from_dataset(atmosphere(steps=9).drop_vars("specific_humidity"))
+    with pytest.raises(TruthQueryError, match=r"NatureConfig\(moisture=True\)"):
+        observe_radiosondes(dry_truth, RadiosondeNetwork(count=2, humidity=True), 0)
+
+
+def test_saturation_is_the_tabulated_one():
+    celsius, vapour = np.array([-20.0, 0.0, 20.0, 30.0]), np.array([125.4, 611.2, 2338.0, 4245.0])  # Pa, over water
+    expected = 0.622 * vapour / (1e5 - 0.378 * vapour)
+    np.testing.assert_allclose(nature.saturation(celsius + 273.15, np.float64(1e5)), expected, rtol=5e-3)
+
+
+def test_moisture_renames_no_older_run():
+    assert NatureConfig().fingerprint() == "a49f623b599aadc4"  # as before the field was added
+    assert NatureConfig(moisture=True).fingerprint() != NatureConfig().fingerprint()
+
+
+@pytest.mark.slow
+def test_the_flow_carries_humidity_and_does_not_feel_it(tmp_path):
+    pytest.importorskip("dinosaur", reason="extra osse is not installed")
+    config = NatureConfig(spin_up_days=8, days=2, relief_height=2000.0, diurnal_amplitude=4.0)
+    dry = nature_run(config, progress=False)
+    wet = nature_run(dataclasses.replace(config, moisture=True), cache=tmp_path, progress=False)
+    for name in dry:
+        np.testing.assert_array_equal(dry[name], wet[name])
+    humidity = wet["specific_humidity"]
+    assert humidity.min() >= 0
+    pressure = (wet["sigma"] * wet["surface_pressure"]).transpose(*humidity.dims)
+    limit = np.asarray(nature.saturation(wet["temperature"].values, pressure.values))
+    assert (humidity / limit).max() < 1.1  # spectral ripples
+    lowest = humidity.isel(sigma=-1, time=-1).mean("latitude")
+    assert lowest.sel(longitude=0) > 1.1 * lowest.sel(longitude=90)  # the sea evaporates faster
+    assert 1e-3 < float(humidity.isel(sigma=-1).mean()) < 2e-2
+    again = nature_run(dataclasses.replace(config, moisture=True), cache=tmp_path)
+    xr.testing.assert_identical(again, wet)
+
+
 # --------------------------------------------------------------------------------------------------------------- system
 @pytest.fixture
 def instant(monkeypatch):
@@ -619,7 +675,7 @@ def test_the_whole_system_makes_one_valid_table_and_repeats(instant):
     assert "well-mixed absorber" in first.meta.caveats[-1]
     assert set(simulate(OsseConfig()).table["sensor"]) == {"station", "radiosonde"}  # the default is what it was
     other: Any = simulate(dataclasses.replace(tiny(), seed=1)).table
-    assert not np.isin(other["value"], table["value"]).any()
+    assert not np.isin(other["value"], table["value"][table["value"] != 0]).any()  # humidity is cut at 0
 
 
 def test_an_instrument_changes_no_report_of_the_others(instant):
@@ -648,7 +704,7 @@ def test_example_tables_and_maps_what_is_seen(instant, tmp_path, capsys):
     assert observing_system.main(["--tiny", "--out", str(tmp_path / "out")]) == 0
     rows = pd.read_csv(tmp_path / "out" / "table.csv").set_index(["sensor", "variable"])
     assert rows.loc[("simulated_amsua", "brightness_temperature:4"), "values"] == 169 * 10
-    assert len(rows) == 4 + 4 + 6 + 6 + 3 + 2 + 3 + 4
+    assert len(rows) == 4 + 5 + 6 + 6 + 3 + 2 + 3 + 4
     assert (tmp_path / "out" / "coverage.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "well-mixed absorber" in capsys.readouterr().out
 
