@@ -340,7 +340,8 @@ def _core(config: NatureConfig) -> _Core:
     dissipation = time_integration.exponential_step_filter(grid, dt, tau=0.0087504, order=order, cutoff=0.8)
     step = time_integration.step_with_filters(time_integration.imex_rk_sil3(equation, dt), [dissipation])
 
-    heating = _diurnal_heating(config, latitude, longitude, np.asarray(coords.vertical.centers))
+    sigma = np.asarray(coords.vertical.centers)
+    heating = _diurnal_heating(config, latitude, longitude, sigma)
     heat_cos, heat_sin = (grid.to_modal(jnp.asarray(part, jnp.float32)) for part in heating)
     steps_per_day = round(24 * 60 / config.step_minutes)
     if config.moisture:
@@ -363,7 +364,7 @@ def _core(config: NatureConfig) -> _Core:
             state = dataclasses.replace(state, temperature_variation=state.temperature_variation + warming)
         if config.moisture:
             temperature, surface = temperature_and_pressure(state)
-            limit = saturation(temperature, jnp.asarray(coords.vertical.centers)[:, None, None] * surface)
+            limit = saturation(temperature, sigma[:, None, None] * surface)
             humidity = jnp.maximum(grid.to_nodal(state.tracers["specific_humidity"]), 0.0)
             gain = evaporated * jnp.maximum(0.8 * limit[-1] - humidity[-1], 0.0)
             humidity = jnp.minimum(humidity.at[-1].add(gain), limit)
@@ -381,12 +382,16 @@ def _core(config: NatureConfig) -> _Core:
         state, _ = carry
         u, v = spherical_harmonic.vor_div_to_uv_nodal(grid, state.vorticity, state.divergence)
         temperature, surface = temperature_and_pressure(state)
+
+        def within_saturation(humidity):  # beyond it lie the ripples of the truncation
+            return jnp.clip(humidity, 0.0, saturation(temperature, sigma[:, None, None] * surface))
+
         return {
             "temperature": temperature,
             "u_component_of_wind": speed * u,
             "v_component_of_wind": speed * v,
             "surface_pressure": surface,
-            **{name: jnp.maximum(grid.to_nodal(tracer), 0.0) for name, tracer in state.tracers.items()},
+            **{name: within_saturation(grid.to_nodal(tracer)) for name, tracer in state.tracers.items()},
         }
 
     metre = float(specs.dimensionalize(1.0, units.meter).magnitude)
@@ -396,7 +401,7 @@ def _core(config: NatureConfig) -> _Core:
         diagnose=diagnose,
         latitude=latitude,
         longitude=longitude,
-        sigma=np.asarray(coords.vertical.centers),
+        sigma=sigma,
         surface_altitude=metre * np.asarray(grid.to_nodal(orography)).T,
     )
 

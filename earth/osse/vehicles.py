@@ -150,34 +150,8 @@ def observe_aircraft(truth: Truth, fleet: AircraftFleet, seed: int) -> Observed:
             f"airport {lonely[0]} at {latitude[lonely[0]]:.1f}N {longitude[lonely[0]]:.1f}E has no other within "
             f"ranges={fleet.ranges} m; widen them or add airports"
         )
-    length = (truth.end - truth.start) / np.timedelta64(1, "s")
-    legs, reports, home = [], [], []
-    for index, rng in enumerate(rngs):
-        own = _legs(fleet, rng, arcs, reachable, length)
-        home.append(own[0, 0])
-        seconds = np.arange(rng.integers(fleet.interval_minutes * 60), length + 1, fleet.interval_minutes * 60)
-        leg = np.searchsorted(own[:, 2], seconds, side="right") - 1
-        airborne = (leg >= 0) & (seconds <= own[leg, 3])
-        reports.append(
-            np.stack([seconds[airborne], leg[airborne] + sum(map(len, legs)), np.full(airborne.sum(), index)])
-        )
-        legs.append(own)
-    origin, target, departure, arrival, cruise = np.concatenate(legs).T
-    origin, target = origin.astype(int), target.astype(int)
-    seconds, leg, owner = np.concatenate(reports, axis=1)
-    order = np.lexsort((owner, seconds))
-    seconds, leg, owner = seconds[order], leg[order].astype(int), owner[order].astype(int)
-
-    bearing, arc = great_circle(latitude[origin], longitude[origin], latitude[target], longitude[target])
-    below, above = (
-        _runway(truth, t, latitude[at], longitude[at]) for t, at in ((departure, origin), (arrival, target))
-    )
-    flown, left = seconds - departure[leg], arrival[leg] - seconds
-    climbing, descending = (z[leg] + fleet.climb_rate * t for z, t in ((below, flown), (above, left)))
-    height = np.minimum(np.minimum(climbing, descending), np.maximum(cruise, np.maximum(below, above))[leg])
+    home, owner, seconds, lat, lon, height = _routes(truth, fleet, rngs, latitude, longitude, arcs, reachable)
     pressure = standard_pressure(height)
-    share = flown / (arrival - departure)[leg]
-    lat, lon = destination(latitude[origin[leg]], longitude[origin[leg]], bearing[leg], arc[leg] * share)
     when = truth.start + seconds.astype("timedelta64[s]")
     exact = query(truth, names, when, lat, lon, pressure=pressure)
     values = np.stack([exact[name] for name in names], axis=-1)
@@ -186,9 +160,8 @@ def observe_aircraft(truth: Truth, fleet: AircraftFleet, seed: int) -> Observed:
         own = owner == index
         error[own] = bias[index] + noise * rng.standard_normal((int(own.sum()), len(names)))
 
-    at = np.asarray(home, int)
-    ground = query(truth, ["surface_altitude"], truth.start, latitude[at], longitude[at])["surface_altitude"]
-    platforms = platform_rows(fleet.prefix, "aircraft", latitude[at], longitude[at], ground)
+    ground = query(truth, ["surface_altitude"], truth.start, latitude[home], longitude[home])["surface_altitude"]
+    platforms = platform_rows(fleet.prefix, "aircraft", latitude[home], longitude[home], ground)
     for column, name in enumerate(names):
         platforms[f"bias_{name}"] = bias[:, column]
     row, which = np.nonzero(np.isfinite(values))
@@ -257,6 +230,48 @@ def standard_pressure(height: np.ndarray) -> np.ndarray:
     """
     low = (1.0 - 2.25577e-5 * np.minimum(height, 11000.0)) ** 5.25588
     return 101325.0 * np.where(height <= 11000.0, low, 0.22336 * np.exp((11000.0 - height) / 6341.6))
+
+
+def _routes(
+    truth: Truth,
+    fleet: AircraftFleet,
+    rngs: list[np.random.Generator],
+    latitude: np.ndarray,
+    longitude: np.ndarray,
+    arcs: np.ndarray,
+    reachable: np.ndarray,
+) -> tuple[np.ndarray, ...]:
+    """First airport of each aircraft; then of each report, sorted by time: aircraft, seconds from the start of the
+    truth, latitude, longitude, pressure altitude.
+    """
+    length = (truth.end - truth.start) / np.timedelta64(1, "s")
+    legs, reports, home = [], [], []
+    for index, rng in enumerate(rngs):
+        own = _legs(fleet, rng, arcs, reachable, length)
+        home.append(own[0, 0])
+        seconds = np.arange(rng.integers(fleet.interval_minutes * 60), length + 1, fleet.interval_minutes * 60)
+        leg = np.searchsorted(own[:, 2], seconds, side="right") - 1
+        airborne = (leg >= 0) & (seconds <= own[leg, 3])
+        reports.append(
+            np.stack([seconds[airborne], leg[airborne] + sum(map(len, legs)), np.full(airborne.sum(), index)])
+        )
+        legs.append(own)
+    origin, target, departure, arrival, cruise = np.concatenate(legs).T
+    origin, target = origin.astype(int), target.astype(int)
+    seconds, leg, owner = np.concatenate(reports, axis=1)
+    order = np.lexsort((owner, seconds))
+    seconds, leg, owner = seconds[order], leg[order].astype(int), owner[order].astype(int)
+
+    bearing, arc = great_circle(latitude[origin], longitude[origin], latitude[target], longitude[target])
+    below, above = (
+        _runway(truth, t, latitude[at], longitude[at]) for t, at in ((departure, origin), (arrival, target))
+    )
+    flown, left = seconds - departure[leg], arrival[leg] - seconds
+    climbing, descending = (z[leg] + fleet.climb_rate * t for z, t in ((below, flown), (above, left)))
+    height = np.minimum(np.minimum(climbing, descending), np.maximum(cruise, np.maximum(below, above))[leg])
+    share = flown / (arrival - departure)[leg]
+    lat, lon = destination(latitude[origin[leg]], longitude[origin[leg]], bearing[leg], arc[leg] * share)
+    return np.asarray(home, int), owner, seconds, lat, lon, height
 
 
 def _legs(

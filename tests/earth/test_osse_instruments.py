@@ -642,7 +642,7 @@ def test_the_flow_carries_humidity_and_does_not_feel_it(tmp_path):
     assert humidity.min() >= 0
     pressure = (wet["sigma"] * wet["surface_pressure"]).transpose(*humidity.dims)
     limit = np.asarray(nature.saturation(wet["temperature"].values, pressure.values))
-    assert (humidity / limit).max() < 1.1  # spectral ripples
+    assert (humidity / limit).max() < 1 + 1e-5
     lowest = humidity.isel(sigma=-1, time=-1).mean("latitude")
     assert lowest.sel(longitude=0) > 1.1 * lowest.sel(longitude=90)  # the sea evaporates faster
     assert 1e-3 < float(humidity.isel(sigma=-1).mean()) < 2e-2
