@@ -14,13 +14,15 @@ are not known to the user of the table and stand in `Observed.platforms`.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from earth.observations import COLUMNS
-from earth.osse.nature import OsseError
+from earth.osse.nature import OsseError, continentality
+from earth.osse.orbits import EARTH_RADIUS, destination
 from earth.osse.truth import Truth, query
 from earth.sensors import VARIABLES, Variable, register_variable
 
@@ -33,7 +35,20 @@ for _variable in (
     if _variable.name not in VARIABLES:
         register_variable(_variable)
 
-_STATIONS, _SONDES, _CLUSTERS = 1, 2, 3  # first words of the random streams: never reuse one
+
+@enum.unique
+class Stream(enum.IntEnum):
+    """Second word of the seed of a random stream, after the experiment's: never reuse one."""
+
+    STATIONS = 1
+    SONDES = 2
+    CLUSTERS = 3
+    SOUNDERS = 4
+    IMAGERS = 5
+    SCATTEROMETERS = 6
+    AIRCRAFT = 7
+    AIRPORTS = 8
+    SHIPS = 9
 
 
 class InstrumentError(OsseError):
@@ -42,12 +57,12 @@ class InstrumentError(OsseError):
 
 @dataclasses.dataclass(frozen=True)
 class ErrorModel:
-    """Error of one station variable, SI: value = truth + bias + noise.
+    """Error of one variable of a station, ship, aircraft or scatterometer, SI: value = truth + bias + noise.
 
     Attributes:
       variable: name in the table.
       noise: standard deviation of the random error, drawn anew for each value.
-      bias: standard deviation over stations of the constant error.
+      bias: standard deviation over platforms of the constant error.
     """
 
     variable: str
@@ -140,9 +155,10 @@ class SondeErrors:
     temperature: tuple[float, ...] = (1.2, 0.9, 0.8, 1.2, 1.5)
     wind: tuple[float, ...] = (1.5, 1.5, 2.1, 3.0, 2.5)
     geopotential_height: tuple[float, ...] = (7.0, 8.0, 12.0, 20.0, 27.0)
+    specific_humidity: tuple[float, ...] = (1e-3, 8e-4, 3e-4, 5e-5, 1e-5)
 
     def __post_init__(self):
-        for name in ("temperature", "wind", "geopotential_height"):
+        for name in ("temperature", "wind", "geopotential_height", "specific_humidity"):
             errors = getattr(self, name)
             if len(errors) != len(self.pressure) or min(errors) < 0:
                 raise InstrumentError(f"{name}={errors} needs one error >= 0 per pressure of {self.pressure}")
@@ -156,7 +172,7 @@ class SondeErrors:
 
 @dataclasses.dataclass(frozen=True)
 class RadiosondeNetwork:
-    """Balloon soundings: temperature, u, v, and on mandatory levels geopotential height.
+    """Balloon soundings: temperature, u, v, on mandatory levels geopotential height, and specific humidity on request.
 
     Levels: the mandatory ones, the ground, and significant ones. A significant level is a layer centre of the nature
     run (its profiles are straight lines in ln p between them) where temperature or wind departs from the line through
@@ -173,6 +189,7 @@ class RadiosondeNetwork:
       placement: where the sites are.
       missing_sounding: probability that a launch does not happen.
       early_burst: probability that the balloon bursts at a height drawn evenly in ln(p) between 500 hPa and the top.
+      humidity: measure specific humidity too, which the nature run must carry; observed values are cut at 0.
       drift: report times and positions of the balloon, which rises at `ascent_rate` with the wind from the nominal hour
         on; else all levels stand over the site at the nominal hour.
       ascent_rate: m/s.
@@ -190,6 +207,7 @@ class RadiosondeNetwork:
     placement: Placement = Placement()
     missing_sounding: float = 0.05
     early_burst: float = 0.1
+    humidity: bool = False
     drift: bool = False
     ascent_rate: float = 5.0
     prefix: str = "RS"
@@ -232,8 +250,8 @@ def observe_stations(truth: Truth, network: StationNetwork, seed: int) -> Observ
     step = np.timedelta64(network.cadence_hours, "h").astype("timedelta64[ns]")
     times = np.arange(truth.start, truth.end + np.timedelta64(1, "ns"), step)
     names = [error.variable for error in network.errors]
-    rngs = [np.random.default_rng([seed, _STATIONS, index]) for index in range(network.count)]
-    latitude, longitude = _place(network.placement, rngs, seed)
+    rngs = [np.random.default_rng([seed, Stream.STATIONS, index]) for index in range(network.count)]
+    latitude, longitude = place(network.placement, rngs, seed)
     exact = query(truth, names, times[None, :], latitude[:, None], longitude[:, None])
     values = np.stack([exact[name] for name in names], axis=-1)  # [station, time, variable]
     height = query(truth, ["surface_altitude"], truth.start, latitude, longitude)["surface_altitude"]
@@ -251,10 +269,10 @@ def observe_stations(truth: Truth, network: StationNetwork, seed: int) -> Observ
         present[index] = ~lost[:, None] & (rng.random(values.shape[1:]) >= network.missing_value)
 
     when, station, which = np.nonzero(present.transpose(1, 0, 2))  # sorted by time, then station
-    platforms = _platforms(network.prefix, "station", latitude, longitude, height)
+    platforms = platform_rows(network.prefix, "station", latitude, longitude, height)
     for column, name in enumerate(names):
         platforms[f"bias_{name}"] = bias[:, column]
-    return _observed(
+    return observed_rows(
         {
             "time": times[when],
             "latitude": latitude[station],
@@ -278,10 +296,10 @@ def observe_radiosondes(truth: Truth, network: RadiosondeNetwork, seed: int) -> 
     there). `height` is NaN on purpose: it is known only through the hydrostatic height, which is itself an observed
     variable here. With `drift`, levels reached after the end of the truth are not reported.
     """
-    rngs = [np.random.default_rng([seed, _SONDES, index]) for index in range(network.count)]
-    latitude, longitude = _place(network.placement, rngs, seed)
+    rngs = [np.random.default_rng([seed, Stream.SONDES, index]) for index in range(network.count)]
+    latitude, longitude = place(network.placement, rngs, seed)
     height = query(truth, ["surface_altitude"], truth.start, latitude, longitude)["surface_altitude"]
-    platforms = _platforms(network.prefix, "radiosonde", latitude, longitude, height)
+    platforms = platform_rows(network.prefix, "radiosonde", latitude, longitude, height)
     days = np.arange(truth.start.astype("datetime64[D]"), truth.end.astype("datetime64[D]") + 1)
     times = np.sort((days[:, None] + np.array(network.hours, "timedelta64[h]")).ravel()).astype("datetime64[ns]")
     times = times[(times >= truth.start) & (times <= truth.end)]
@@ -298,6 +316,7 @@ def observe_radiosondes(truth: Truth, network: RadiosondeNetwork, seed: int) -> 
     pressure, mandatory, ground = _candidates(truth, network, nominal, latitude[site], longitude[site], burst)
     when, lat, lon = _positions(truth, network, nominal, latitude[site], longitude[site], pressure)
     names = ("temperature", "u_component_of_wind", "v_component_of_wind", "geopotential_height")
+    names += ("specific_humidity",) * network.humidity
     inside = np.isfinite(pressure) & (when <= truth.end)
     exact = query(
         truth, names, np.where(inside, when, truth.start), lat, lon, pressure=np.where(inside, pressure, np.nan)
@@ -313,21 +332,24 @@ def observe_radiosondes(truth: Truth, network: RadiosondeNetwork, seed: int) -> 
     noise = np.empty_like(values)
     for index, rng in enumerate(rngs):  # each site's stream goes on where its launches ended
         own = site == index
-        noise[own] = rng.standard_normal((int(own.sum()), *values.shape[1:]))
+        for part in (slice(4), slice(4, len(names))):  # humidity last: it changes no other value
+            noise[own, :, part] = rng.standard_normal(noise[own, :, part].shape)
+    observed = values + sd * noise
+    observed[..., 4:] = np.maximum(observed[..., 4:], 0.0)
     present = np.repeat(kept[..., None], len(names), axis=-1)
     present[..., 3] &= mandatory
     sounding, level, which = np.nonzero(present)
     order = np.lexsort((-pressure[sounding, level], site[sounding], when[sounding, level]))
     sounding, level, which = sounding[order], level[order], which[order]
     rows = (sounding, level, which)
-    return _observed(
+    return observed_rows(
         {
             "time": when[sounding, level],
             "latitude": lat[sounding, level],
             "longitude": lon[sounding, level],
             "height": np.full(len(order), np.nan),
             "pressure": pressure[sounding, level],
-            "value": (values + sd * noise)[rows],
+            "value": observed[rows],
             "obs_error": sd[rows],
         },
         np.asarray(names, object)[which],
@@ -337,10 +359,10 @@ def observe_radiosondes(truth: Truth, network: RadiosondeNetwork, seed: int) -> 
     )
 
 
-def _place(placement: Placement, rngs: list[np.random.Generator], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def place(placement: Placement, rngs: list[np.random.Generator], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Latitudes and longitudes [-180, 180) of platforms, each from its own stream around shared centres."""
     limit = np.sin(np.deg2rad(placement.max_latitude))
-    shared = np.random.default_rng([seed, _CLUSTERS])
+    shared = np.random.default_rng([seed, Stream.CLUSTERS])
     centre_lat = np.arcsin(shared.uniform(-limit, limit, placement.clusters))
     centre_lon = shared.uniform(-np.pi, np.pi, placement.clusters)
     lats, lons = np.empty(len(rngs)), np.empty(len(rngs))
@@ -362,6 +384,17 @@ def _place(placement: Placement, rngs: list[np.random.Generator], seed: int) -> 
         lats[index] = np.rad2deg(lat)
         lons[index] = (np.rad2deg(lon) + 180.0) % 360.0 - 180.0
     return lats, lons
+
+
+def is_sea(latitude: np.ndarray, longitude: np.ndarray, land_share: float) -> np.ndarray:
+    """Where the nature run's `continentality` is at most `land_share`; the truth itself knows no sea."""
+    return continentality(latitude, longitude) <= land_share
+
+
+def check_errors(errors: tuple[ErrorModel, ...], known: tuple[str, ...]) -> None:
+    wrong = [error.variable for error in errors if error.variable not in known]
+    if wrong or not errors:
+        raise InstrumentError(f"errors names {wrong or 'nothing'}; name at least one of {known} and no other")
 
 
 def _silences(rng: np.random.Generator, steps: int, share: float, mean_steps: float) -> np.ndarray:
@@ -438,12 +471,8 @@ def _move(
     latitude: np.ndarray, longitude: np.ndarray, east: np.ndarray, north: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Goes `east` and `north` metres along a great circle."""
-    distance, bearing = np.hypot(east, north) / 6.37122e6, np.arctan2(east, north)
-    lat0 = np.deg2rad(latitude)
-    sine = np.sin(lat0) * np.cos(distance) + np.cos(lat0) * np.sin(distance) * np.cos(bearing)
-    sine = np.clip(sine, -1.0, 1.0)
-    turn = np.arctan2(np.sin(bearing) * np.sin(distance) * np.cos(lat0), np.cos(distance) - np.sin(lat0) * sine)
-    return np.rad2deg(np.arcsin(sine)), (longitude + np.rad2deg(turn) + 180.0) % 360.0 - 180.0
+    distance, bearing = np.hypot(east, north) / EARTH_RADIUS, np.arctan2(east, north)
+    return destination(latitude, longitude, bearing, distance)
 
 
 def _significant(
@@ -481,7 +510,7 @@ def _significant(
     return kept & inside
 
 
-def _platforms(
+def platform_rows(
     prefix: str, sensor: str, latitude: np.ndarray, longitude: np.ndarray, height: np.ndarray
 ) -> pd.DataFrame:
     return pd.DataFrame(
@@ -495,15 +524,14 @@ def _platforms(
     )
 
 
-def _observed(
+def observed_rows(
     numbers: dict[str, np.ndarray], variable: np.ndarray, owner: np.ndarray, exact: np.ndarray, platforms: pd.DataFrame
 ) -> Observed:
     """Puts the parts into the canonical columns; `owner` [row] indexes `platforms`."""
-    table = pd.DataFrame(numbers)
+    table = pd.DataFrame(
+        {"channel": np.full(len(owner), -1), "view_angle": np.nan, "qc": np.zeros(len(owner), np.int8), **numbers}
+    )
     table["variable"] = pd.Series(variable, dtype="str")
     table["sensor"] = pd.Series([platforms["sensor"].iloc[0]] * len(table), dtype="str")
-    table["channel"] = np.full(len(table), -1)
     table["platform"] = pd.Series(platforms["platform"].to_numpy(object)[owner], dtype="str")
-    table["view_angle"] = np.nan
-    table["qc"] = np.zeros(len(table), np.int8)
     return Observed(table.reindex(columns=list(COLUMNS)), pd.Series(exact, name="truth"), platforms)

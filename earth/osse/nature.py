@@ -12,12 +12,15 @@ What this truth is not, and no result on it may be read as if it were:
   above the ground), so there is no 2 m temperature and no 10 m wind.
 - **Coarse**: T21 (64 x 32 points, 5.6 degrees) by default; nothing smaller than about 1,000 km is resolved.
 
-Two departures from Held-Suarez are ours and off by default. Both act inside the dynamics, so the flow feels them and
-stays consistent with them; neither is painted on the output:
+Three additions to Held-Suarez are ours and off by default. The first two act inside the dynamics, so the flow feels
+them and stays consistent with them; none is painted on the output:
 - `relief_height`: three smooth mountain ranges (`relief`), spectrally truncated; initial pressure in exact hydrostatic
   balance.
 - `diurnal_amplitude`: a heating of zero daily mean that travels with the sun, strongest over two smooth "continents"
   (`continentality`), confined to sigma > 0.7, applied after each time step (first-order splitting).
+- `moisture`: specific humidity as a tracer that the flow carries and does not feel. After each time step the lowest
+  layer is drawn towards 80 % of saturation, within 2 days over the sea and more slowly over land, and what exceeds
+  saturation anywhere falls out. No latent heat, clouds or convection.
 
 A run is a function of its `NatureConfig` alone. float32 on a CPU repeats bit for bit on one machine and one jax
 version; another machine, or a GPU, gives another trajectory of the same climate, because the flow is chaotic.
@@ -33,7 +36,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,10 @@ _VARIABLES = {
     "u_component_of_wind": ("eastward_wind", "m s-1"),
     "v_component_of_wind": ("northward_wind", "m s-1"),
     "surface_pressure": ("surface_air_pressure", "Pa"),
+    "specific_humidity": ("specific_humidity", "1"),
 }
+_EVAPORATION_DAYS = 2.0  # over the sea
+_LAND_EVAPORATION = 0.3  # of the sea's, at the heart of a continent
 
 
 class OsseError(ValueError):
@@ -96,6 +102,7 @@ class NatureConfig:
       perturbation: amplitude of that perturbation, Pa (a wave packet; T21 keeps about a third of it at its peak).
       relief_height: highest summit in m, 0 for the flat planet of Held-Suarez.
       diurnal_amplitude: nominal diurnal temperature amplitude of the lowest layer over a continent in K, 0 for none.
+      moisture: carry specific humidity, dry at first; the flow does not feel it.
     """
 
     truncation: int = 21
@@ -109,6 +116,7 @@ class NatureConfig:
     perturbation: float = 5e3
     relief_height: float = 0.0
     diurnal_amplitude: float = 0.0
+    moisture: bool = False
 
     def __post_init__(self):
         if self.truncation not in _DT_MINUTES:
@@ -151,6 +159,8 @@ class NatureConfig:
         """16 hex digits that change whenever a field, the dycore's version or the meaning of a config changes."""
         content = {**dataclasses.asdict(self), "dt_minutes": self.step_minutes, "format": _FORMAT}
         content["dycore"] = "dinosaur-dycore 1.2.1"
+        if not self.moisture:
+            del content["moisture"]  # runs older than the field keep their names
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -166,9 +176,9 @@ def nature_run(config: NatureConfig, *, cache: str | Path | None = None, progres
 
     Returns:
       Dataset in memory with dims (time, sigma, latitude, longitude), float32, SI units, CF attributes: `temperature`,
-      `u_component_of_wind`, `v_component_of_wind`, `surface_pressure` [time, latitude, longitude] and
-      `surface_altitude` [latitude, longitude]. Latitude ascends over the Gaussian grid (no poles), longitude is in [0,
-      360), sigma ascends (top first).
+      `u_component_of_wind`, `v_component_of_wind`, `specific_humidity` with `moisture`, `surface_pressure` [time,
+      latitude, longitude] and `surface_altitude` [latitude, longitude]. Latitude ascends over the Gaussian grid (no
+      poles), longitude is in [0, 360), sigma ascends (top first).
 
     Raises:
       DinosaurMissingError: dinosaur-dycore is missing and the run is not cached.
@@ -220,6 +230,7 @@ def caveats(config: NatureConfig) -> tuple[str, ...]:
         for text, present in (
             (f"idealised mountains up to {config.relief_height:g} m", config.relief_height > 0),
             (f"an idealised diurnal heating of about {config.diurnal_amplitude:g} K", config.diurnal_amplitude > 0),
+            ("specific humidity as a tracer without latent heat or convection", config.moisture),
         )
         if present
     ]
@@ -312,10 +323,15 @@ def _core(config: NatureConfig) -> _Core:
         state, log_surface_pressure=state.log_surface_pressure - specs.g / (specs.R * _T_REF) * orography
     )
 
+    class Forcing(held_suarez.HeldSuarezForcing):
+        def explicit_terms(self, state):
+            tendency = super().explicit_terms(state)  # leaves tracers out, which the sum of the equations needs
+            return dataclasses.replace(tendency, tracers=jax.tree.map(jnp.zeros_like, state.tracers))
+
     equation = time_integration.compose_equations(
         [
             primitive_equations.PrimitiveEquations(reference, orography, coords, specs),
-            held_suarez.HeldSuarezForcing(coords=coords, physics_specs=specs, reference_temperature=reference, p0=p0),
+            Forcing(coords=coords, physics_specs=specs, reference_temperature=reference, p0=p0),
         ]
     )
     dt: Any = specs.nondimensionalize(config.step_minutes * units.minute)
@@ -324,9 +340,20 @@ def _core(config: NatureConfig) -> _Core:
     dissipation = time_integration.exponential_step_filter(grid, dt, tau=0.0087504, order=order, cutoff=0.8)
     step = time_integration.step_with_filters(time_integration.imex_rk_sil3(equation, dt), [dissipation])
 
-    heating = _diurnal_heating(config, latitude, longitude, np.asarray(coords.vertical.centers))
+    sigma = np.asarray(coords.vertical.centers)
+    heating = _diurnal_heating(config, latitude, longitude, sigma)
     heat_cos, heat_sin = (grid.to_modal(jnp.asarray(part, jnp.float32)) for part in heating)
     steps_per_day = round(24 * 60 / config.step_minutes)
+    if config.moisture:
+        state = dataclasses.replace(
+            state, tracers={"specific_humidity": jnp.zeros_like(jnp.asarray(state.temperature_variation))}
+        )
+    evaporated = _evaporation(config, latitude, longitude)
+    log_p0 = float(np.log(specs.nondimensionalize(p0)))
+
+    def temperature_and_pressure(state):
+        temperature = grid.to_nodal(state.temperature_variation) + jnp.asarray(reference)[:, None, None]
+        return temperature, _P0 * jnp.exp(grid.to_nodal(state.log_surface_pressure)[0] - log_p0)
 
     def one_step(carry, _):
         state, count = carry
@@ -335,6 +362,13 @@ def _core(config: NatureConfig) -> _Core:
             angle = 2 * jnp.pi * (count.astype(jnp.float32) + 0.5) / steps_per_day
             warming = jnp.cos(angle) * heat_cos + jnp.sin(angle) * heat_sin  # [sigma, modal, modal] K per step
             state = dataclasses.replace(state, temperature_variation=state.temperature_variation + warming)
+        if config.moisture:
+            temperature, surface = temperature_and_pressure(state)
+            limit = saturation(temperature, sigma[:, None, None] * surface)
+            humidity = jnp.maximum(grid.to_nodal(state.tracers["specific_humidity"]), 0.0)
+            gain = evaporated * jnp.maximum(0.8 * limit[-1] - humidity[-1], 0.0)
+            humidity = jnp.minimum(humidity.at[-1].add(gain), limit)
+            state = dataclasses.replace(state, tracers={"specific_humidity": grid.to_modal(humidity)})
         return (state, (count + 1) % steps_per_day), None
 
     @jax.jit
@@ -342,17 +376,22 @@ def _core(config: NatureConfig) -> _Core:
         return jax.lax.scan(one_step, carry, None, length=round(config.save_hours * 60 / config.step_minutes))[0]
 
     speed = float(specs.dimensionalize(1.0, units.meter / units.second).magnitude)
-    log_p0 = float(np.log(specs.nondimensionalize(p0)))
 
     @jax.jit
     def diagnose(carry):
         state, _ = carry
         u, v = spherical_harmonic.vor_div_to_uv_nodal(grid, state.vorticity, state.divergence)
+        temperature, surface = temperature_and_pressure(state)
+
+        def within_saturation(humidity):  # beyond it lie the ripples of the truncation
+            return jnp.clip(humidity, 0.0, saturation(temperature, sigma[:, None, None] * surface))
+
         return {
-            "temperature": grid.to_nodal(state.temperature_variation) + jnp.asarray(reference)[:, None, None],
+            "temperature": temperature,
             "u_component_of_wind": speed * u,
             "v_component_of_wind": speed * v,
-            "surface_pressure": _P0 * jnp.exp(grid.to_nodal(state.log_surface_pressure)[0] - log_p0),
+            "surface_pressure": surface,
+            **{name: within_saturation(grid.to_nodal(tracer)) for name, tracer in state.tracers.items()},
         }
 
     metre = float(specs.dimensionalize(1.0, units.meter).magnitude)
@@ -362,9 +401,28 @@ def _core(config: NatureConfig) -> _Core:
         diagnose=diagnose,
         latitude=latitude,
         longitude=longitude,
-        sigma=np.asarray(coords.vertical.centers),
+        sigma=sigma,
         surface_altitude=metre * np.asarray(grid.to_nodal(orography)).T,
     )
+
+
+def saturation(temperature: Any, pressure: Any) -> Any:
+    """Specific humidity of saturated air over water, kg/kg, from K and Pa (Bolton 1980, Mon. Wea. Rev. 108, eq. 10).
+
+    The vapour pressure is cut at half the pressure: hot thin air has no saturation.
+    """
+    import jax.numpy as jnp
+
+    vapour = 611.2 * jnp.exp(17.67 * (temperature - 273.15) / (temperature - 29.65))
+    vapour = jnp.minimum(vapour, 0.5 * pressure)
+    return 0.622 * vapour / (pressure - 0.378 * vapour)
+
+
+def _evaporation(config: NatureConfig, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+    """Share [longitude, latitude] of the lowest layer's deficit that evaporates in one time step."""
+    land = continentality(latitude[None, :], longitude[:, None])
+    speed = (1 - (1 - _LAND_EVAPORATION) * land) / _EVAPORATION_DAYS
+    return 1 - np.exp(-speed * config.step_minutes / (24 * 60))
 
 
 def _diurnal_heating(
@@ -389,7 +447,7 @@ def _integrate(config: NatureConfig, progress: bool) -> Iterator[xr.Dataset]:
 
     core = _core(config)
     carry, per_day = core.carry, 24 // config.save_hours
-    times, names = config.times, list(_VARIABLES)
+    times = config.times
     kept: list[dict[str, np.ndarray]] = []
     first = 0  # index of kept[0]
     with tqdm(total=config.spin_up_days + config.days, desc="nature run", unit="day", disable=not progress) as bar:
@@ -401,8 +459,8 @@ def _integrate(config: NatureConfig, progress: bool) -> Iterator[xr.Dataset]:
         for index in range(len(times)):
             if index:
                 carry = core.advance(carry)
-            fields = {name: np.swapaxes(np.asarray(x), -1, -2) for name, x in core.diagnose(carry).items()}
-            kept.append({name: fields[name].astype(np.float32) for name in names})
+            fields = core.diagnose(carry).items()
+            kept.append({name: np.swapaxes(np.asarray(x), -1, -2).astype(np.float32) for name, x in fields})
             if index and index % per_day == 0:
                 _check_finite(carry, index // per_day - 1)
                 bar.update()
@@ -419,9 +477,13 @@ def _check_finite(carry: Any, day: int) -> None:
         )
 
 
+def _present(fields: Container[str]) -> list[str]:
+    return [name for name in _VARIABLES if name in fields]
+
+
 def _block(core: _Core, times: np.ndarray, kept: list[dict[str, np.ndarray]]) -> xr.Dataset:
     data: dict[str, Any] = {}
-    for name in _VARIABLES:
+    for name in _present(kept[0]):
         dims = (
             ("time", "sigma", "latitude", "longitude") if kept[0][name].ndim == 3 else ("time", "latitude", "longitude")
         )
@@ -433,7 +495,8 @@ def _block(core: _Core, times: np.ndarray, kept: list[dict[str, np.ndarray]]) ->
 
 def _describe(dataset: xr.Dataset, config: NatureConfig) -> xr.Dataset:
     """Adds the CF attributes and what the run is."""
-    for name, (standard_name, units) in _VARIABLES.items():
+    for name in _present(dataset):
+        standard_name, units = _VARIABLES[name]
         dataset[name].attrs = {"standard_name": standard_name, "units": units}
     dataset["surface_altitude"].attrs = {"standard_name": "surface_altitude", "units": "m"}
     dataset["latitude"].attrs = {"standard_name": "latitude", "units": "degrees_north"}
@@ -456,11 +519,14 @@ class _Digest:
     """sha256 over names, lengths and bytes of all fields, the same for a run in blocks and for the whole run."""
 
     def __init__(self) -> None:
-        self._series = {name: hashlib.sha256() for name in (*_VARIABLES, "time")}
-        self._lengths = dict.fromkeys(self._series, 0)
+        self._series: dict[str, Any] = {}
+        self._lengths: dict[str, int] = {}
         self._static = ""
 
     def update(self, block: xr.Dataset) -> None:
+        if not self._series:
+            self._series = {name: hashlib.sha256() for name in (*_present(block), "time")}
+            self._lengths = dict.fromkeys(self._series, 0)
         for name, series in self._series.items():
             values = np.ascontiguousarray(block[name].values)
             series.update(values.tobytes())

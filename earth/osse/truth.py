@@ -6,8 +6,8 @@ The truth *is* the interpolant defined here (ours), not the spectral model betwe
 - between the last Gaussian latitude and a pole, towards the mean of the ring for scalars and towards its mean vector
   for the wind (a wind across the pole is one vector, whose u and v turn with longitude);
 - in the vertical, linear in ln(sigma) between layer centres. Between the lowest centre and the ground temperature is
-  extrapolated along the same line as between the two lowest centres, wind is constant. Above the highest centre, and
-  under the ground, there is no truth: NaN;
+  extrapolated along the same line as between the two lowest centres, wind and humidity are constant. Above the highest
+  centre, and under the ground, there is no truth: NaN;
 - heights are geopotential heights (geopotential / 9.80616 m s-2) from the hydrostatic integral of that piecewise linear
   temperature, exact in closed form, both ways.
 """
@@ -40,10 +40,11 @@ UPPER_VARIABLES = (
     "v_component_of_wind",
     "geopotential_height",
     "pressure",
+    "specific_humidity",
 )
 
 _CHUNK = 32_768  # points interpolated at once: bounds the temporaries to some 50 MB
-_COLUMN = ("temperature", "u_component_of_wind", "v_component_of_wind")
+_COLUMN = ("temperature", "u_component_of_wind", "v_component_of_wind", "specific_humidity")  # the last where carried
 
 
 class TruthQueryError(OsseError):
@@ -59,7 +60,8 @@ class Truth:
       latitude: degrees north, ascending, with both poles added [J].
       longitude: degrees east, regular from 0, with 360 added [I].
       sigma: layer centres from the ground up (descending) [L].
-      columns: float32 [T, J, I, L] of each of temperature, u_component_of_wind and v_component_of_wind, SI.
+      columns: float32 [T, J, I, L] of each of temperature, u_component_of_wind, v_component_of_wind and, where the
+        nature run carries it, specific_humidity, SI.
       log_pressure: ln(surface pressure / Pa), float64 [T, J, I].
       surface_altitude: m, float64 [J, I].
       attrs: the nature run's attributes.
@@ -103,13 +105,11 @@ def truth_from_dataset(dataset: xr.Dataset) -> Truth:
     columns = {
         name: dataset[name].transpose("time", "latitude", "longitude", "sigma").values[..., order].astype(np.float32)
         for name in _COLUMN
+        if name in dataset
     }
     u, v = _wind_poles(columns["u_component_of_wind"], columns["v_component_of_wind"], np.deg2rad(longitude))
-    columns = {
-        "temperature": _scalar_poles(columns["temperature"], 1),
-        "u_component_of_wind": u,
-        "v_component_of_wind": v,
-    }
+    winds = {"u_component_of_wind": u, "v_component_of_wind": v}
+    columns = {name: winds[name] if name in winds else _scalar_poles(x, 1) for name, x in columns.items()}
     pressure = np.log(dataset.surface_pressure.transpose("time", "latitude", "longitude").values.astype(float))
     altitude = dataset.surface_altitude.transpose("latitude", "longitude").values.astype(float)
     return Truth(
@@ -156,6 +156,8 @@ def query(
     unknown = [name for name in variables if name not in SURFACE_VARIABLES + UPPER_VARIABLES]
     if unknown:
         raise TruthQueryError(f"variable {unknown[0]!r} is not one of {SURFACE_VARIABLES + UPPER_VARIABLES}")
+    if "specific_humidity" in variables and "specific_humidity" not in truth.columns:
+        raise TruthQueryError("the nature run is dry: specific_humidity needs NatureConfig(moisture=True)")
     if height is not None and pressure is not None:
         raise TruthQueryError("pass height or pressure, not both")
     upper = [name for name in variables if name in UPPER_VARIABLES]
@@ -174,6 +176,40 @@ def query(
         for name in variables:
             out[name][rows] = found[name]
     return {name: values.reshape(shape) for name, values in out.items()}
+
+
+def profiles(
+    truth: Truth, variable: str, time: Times, latitude: Numbers, longitude: Numbers
+) -> tuple[Float[np.ndarray, "*n K"], Float[np.ndarray, "*n K"]]:
+    """Whole columns of the truth, which is linear in ln(pressure) between the nodes given here.
+
+    Args:
+      truth: see `truth_from_dataset`.
+      variable: one of `truth.columns`.
+      time, latitude, longitude: as for `query`.
+
+    Returns:
+      Pressure in Pa and value in SI of K nodes, the ground first, then the layer centres upwards.
+
+    Raises:
+      TruthQueryError: as for `query`.
+    """
+    if variable not in truth.columns:
+        raise TruthQueryError(f"variable {variable!r} is not one of {tuple(truth.columns)}")
+    parts = (np.asarray(time, "datetime64[ns]"), np.asarray(latitude, float), np.asarray(longitude, float))
+    shape = np.broadcast_shapes(*(part.shape for part in parts))
+    times, lats, lons = (np.broadcast_to(part, shape).ravel() for part in parts)
+    _check(truth, times, lats, lons)
+    nodes = np.concatenate([[0.0], np.log(truth.sigma)])
+    pressure, values = np.empty((2, times.size, len(nodes)))
+    for start in range(0, times.size, _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        corners = list(_corners(truth, times[rows], lats[rows], lons[rows]))
+        log_surface = np.asarray(sum(w * truth.log_pressure[t, j, i] for t, j, i, w in corners))
+        column = np.asarray(sum(w[:, None] * truth.columns[variable][t, j, i] for t, j, i, w in corners))
+        pressure[rows] = np.exp(log_surface[:, None] + nodes)
+        values[rows] = _with_ground(column, nodes, variable)
+    return pressure.reshape(*shape, -1), values.reshape(*shape, -1)
 
 
 def hydrostatic_heights(

@@ -576,6 +576,7 @@ def test_fingerprint_changes_with_every_field():
     values = {
         "truncation": 31, "layers": 10, "dt_minutes": 20.0, "spin_up_days": 1, "days": 3, "save_hours": 3,
         "start": "2001-01-01", "seed": 1, "perturbation": 1.0, "relief_height": 1.0, "diurnal_amplitude": 1.0,
+        "moisture": True,
     }  # fmt: skip
     assert set(values) == {field.name for field in dataclasses.fields(NatureConfig)}
     prints = {dataclasses.replace(CACHED, **{name: value}).fingerprint() for name, value in values.items()}
