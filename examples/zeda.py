@@ -323,7 +323,9 @@ def measure(params: TransformerParams, student: TransformerConfig, teacher: Teac
         shares = (zeda.load_shares(slots[kind].swapaxes(0, 1), experts) for slots in (mine, theirs))
         return float(zeda.load_divergence(*shares).mean())
 
+    same = (mine[..., None] == theirs[..., None, :]).any(-1)
     row["load divergence"] = moved(np.ones_like(prose))
+    row["experts kept"] = float(same[mine < experts].mean())  # of its own slots, that the teacher fills alike
     for name, kind in (("text", prose), ("problems", ~prose)):
         row[f"load divergence, {name}"] = moved(kind)
         hard = entropy[kind] > np.median(entropy[kind])
@@ -425,7 +427,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for column in (
             "skipped", "skipped, text", "skipped, problems", "text, % over the teacher",
             "solved, points under the teacher", "kl", "load divergence", "load divergence, text",
-            "load divergence, problems", "skip and entropy, text", "skip and entropy, problems",
+            "load divergence, problems", "experts kept", "skip and entropy, text", "skip and entropy, problems",
         ):  # fmt: skip
             if column not in part:  # of an earlier release
                 continue
