@@ -565,6 +565,7 @@ def sunny(folder):
     return [*arguments, *TINY]
 
 
+@pytest.mark.slow  # compiles a model of its own
 def test_cross_sensor_writes_its_table_and_picture(sunny, tmp_path):
     arguments = [*sunny, "--out", str(tmp_path / "out"), "--inputs", "t2m", "rh", "--targets", "swdown"]
     assert cross_sensor.main(arguments) == 0

@@ -138,6 +138,7 @@ def test_the_loss_of_a_chain_is_what_the_verbs_forecast(data, network):
     np.testing.assert_allclose(metrics["mse_steps"], steps[2] / steps[3], rtol=1e-5)
 
 
+@pytest.mark.slow  # half a minute of compilation; test_the_loss_of_a_chain_is_what_the_verbs_forecast stays fast
 def test_without_a_chain_training_is_the_single_window(data, tmp_path):
     """The first loss of `train` is that of a single window, computed from the verbs; nothing of a chain is read."""
     whole = dataclasses.replace(data, folds=np.full_like(data.folds, -1))
@@ -212,6 +213,7 @@ def test_stage_times_keep_the_whole_chain_out_of_test_hours(data):
         _stage_times(data, dataclasses.replace(stage, cycling=Cycling(cycles=800)))
 
 
+@pytest.mark.slow  # a minute of training
 def test_training_on_chains_lowers_their_error(data):
     """A network that forecasts by itself, on weather that is a wave: what 40 steps learn shows on other hours."""
     start = model.initial_network(jax.random.key(4), CFG, 7, residual=False)
