@@ -132,7 +132,7 @@ def test_killed_and_started_again_the_curve_is_the_same_bit_for_bit(finished, co
 def test_another_run_begins_where_the_model_stands(finished, corpus, tmp_path):
     """Same tokenizer, same held-out text, and a first loss that a model trained from scratch does not have."""
     before, _ = finished
-    finish(start(tmp_path, corpus, "--start", str(before), "--set", "steps=4", "warmup=1", "learning_rate=1e-9"))
+    finish(start(tmp_path, corpus, "--start", str(before), "--set", "warmup=1", "steps=4", "learning_rate=1e-9"))
     for name in ("data/text.json", "model/tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (before / name).read_bytes()
     scores = [pd.read_csv(out / "scores.csv").set_index("what")["value"] for out in (before, tmp_path)]
