@@ -61,6 +61,6 @@ def default() -> Zeda:
 def smoke() -> Zeda:
     """The same path in seconds, for tests; its scores mean nothing."""
     return Zeda(
-        smoke_tutorial(), zero_experts=3, samples=32, test_problems=8, text_tokens=24, sft_steps=6, opd_steps=2,
-        opd_prompts=4,
+        smoke_tutorial(), zero_experts=3, target=0.4, samples=32, test_problems=8, text_tokens=24, sft_steps=6,
+        opd_steps=2, opd_prompts=4,
     )  # fmt: skip
