@@ -59,6 +59,7 @@ _STORED: dict[str, tuple[str, Any]] = {  # column -> dtype on disk, fill value; 
     "qc": ("int8", 0),
 }
 _CODED = ("variable", "platform")
+_NEVER_MISSING = ("latitude", "longitude", "value")  # in a canonical table
 _NS = 1_000_000_000
 Rows = dict[str, np.ndarray]  # stored columns of equal length
 
@@ -150,6 +151,10 @@ def _replay(root: Path, chunk: int) -> dict[str, _Shelf]:
             raise ArchiveError(f"line {number} of {root / LOG} is damaged ({error!r}); restore it") from error
         shelf.end = max(shelf.end, _whole(segment.start + segment.rows, chunk))
     return shelves
+
+
+def _chunk_path(root: Path, sensor: str, column: str, number: int) -> Path:
+    return root / ROWS / sensor / column / "c" / str(number)
 
 
 def _whole(rows: int, chunk: int) -> int:
@@ -263,6 +268,11 @@ def _encode(table: pd.DataFrame, shelves: dict[str, _Shelf]) -> Iterator[tuple[s
     for name, (dtype, _) in _STORED.items():
         if name not in columns and name not in _CODED:
             columns[name] = table[name].to_numpy().astype(dtype)
+    for name in _NEVER_MISSING:
+        if (empty := np.flatnonzero(np.isnan(columns[name]))).size:
+            raise SchemaError(
+                f"column {name!r} is NaN at row {empty[0]}; pass the table through observations.validate()"
+            )
     kind, kinds = codes["sensor"]
     for number, sensor in enumerate(kinds):
         rows = np.flatnonzero(kind == number)
@@ -337,7 +347,7 @@ class _Writer:
             for name, number in itertools.product(
                 _STORED, range(old.start // chunk, -(-(old.start + old.rows) // chunk))
             ):
-                (self.root / ROWS / sensor / name / "c" / str(number)).unlink(missing_ok=True)
+                _chunk_path(self.root, sensor, name, number).unlink(missing_ok=True)
 
     def _open(self, sensor: str) -> dict[str, Any]:
         if sensor not in self.arrays:
@@ -417,8 +427,8 @@ class _Reader:
 
     def __init__(self, path: Any, start: Any, end: Any, names: Sequence[str] | None, variables: Sequence[str] | None):
         self.root = Path(path)
-        config = _config(self.root)
-        self.shelves = _replay(self.root, config.chunk)
+        self.chunk = _config(self.root).chunk
+        self.shelves = _replay(self.root, self.chunk)
         self.start, self.end = (_instant(t, default) for t, default in ((start, -(2**33)), (end, 2**33)))
         for name in names or ():
             if name not in self.shelves:
@@ -460,6 +470,9 @@ class _Reader:
         if not keep.any():
             return None
         rows |= _load(arrays, segment, [c for c in _STORED if c not in rows], self.root)
+        # A span that is written anew loses its first chunk of times before all others: with it there, none was missed.
+        if not _chunk_path(self.root, name, "time", segment.start // self.chunk).exists():
+            raise ArchiveError(f"the rows of {name} from {segment.start} on were written anew; open {self.root} again")
         return {column: values[keep] for column, values in rows.items()}
 
 
@@ -479,7 +492,8 @@ def _load(arrays: dict[str, Any], segment: Segment, columns: Iterable[str], root
     except (OSError, ValueError, RuntimeError) as error:
         raise ArchiveError(f"a chunk of {root} cannot be read ({error}); append its tables again elsewhere") from error
     for name, values in rows.items():
-        if len(values) < segment.rows or (name in ("time", *_CODED) and (values == _STORED[name][1]).any()):
+        gone = np.isnan(values) if name in _NEVER_MISSING else values == _STORED[name][1]
+        if len(values) < segment.rows or (name in ("time", *_CODED, *_NEVER_MISSING) and gone.any()):
             raise ArchiveError(
                 f"rows {span.start}..{span.stop} of {root}, column {name!r}, are gone: a chunk was removed, or the "
                 "span was written anew since the archive was opened; open it again"

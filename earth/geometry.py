@@ -126,3 +126,10 @@ def standard_height(pressure: Any) -> np.ndarray:
     low = (1.0 - ratio ** (1 / 5.25588)) / 2.25577e-5
     high = 11000.0 - 6341.6 * np.log(ratio / 0.22336)
     return np.where(ratio > 0.22336, low, high)
+
+
+def standard_pressure(height: Any) -> np.ndarray:
+    """Pressure in Pa at a height in m of the ICAO standard atmosphere: the inverse of `standard_height`."""
+    height = np.asarray(height, np.float64)
+    low = (1.0 - 2.25577e-5 * np.minimum(height, 11000.0)) ** 5.25588
+    return 101325.0 * np.where(height <= 11000.0, low, 0.22336 * np.exp((11000.0 - height) / 6341.6))

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from earth.geometry import standard_height
+from earth.geometry import standard_height, standard_pressure
 from earth.osse.instruments import (
     ErrorModel,
     InstrumentError,
@@ -222,14 +222,6 @@ def observe_ships(truth: Truth, ships: DriftingShips, seed: int) -> Observed:
         values[ship, when, which],
         platforms,
     )
-
-
-def standard_pressure(height: np.ndarray) -> np.ndarray:
-    """Pressure in Pa at a height in m of the ICAO standard atmosphere, the inverse of
-    `earth.geometry.standard_height`.
-    """
-    low = (1.0 - 2.25577e-5 * np.minimum(height, 11000.0)) ** 5.25588
-    return 101325.0 * np.where(height <= 11000.0, low, 0.22336 * np.exp((11000.0 - height) / 6341.6))
 
 
 def _routes(

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import zarr
 
+from earth import archive
 from earth.archive import LOG, ROWS, ArchiveConfig, ArchiveError, append, create, read, spans, stream
 from earth.observations import EmptyWindowError, MissingVariableError, SchemaError, to_reports, validate
 
@@ -326,6 +327,38 @@ def test_selections_that_are_not_there(tmp_path):
         read(tmp_path / "a", sensors=["station"], variables=["temperature"])
     with pytest.raises(EmptyWindowError, match=r"no row of station in \[2022-01-01, None\)"):
         read(tmp_path / "a", "2022-01-01", sensors=["station"])
+
+
+@pytest.mark.parametrize("column", ["latitude", "value", "variable", "platform"])
+def test_a_lost_chunk_is_no_gap_in_the_data(tmp_path, column):
+    append(tmp_path / "a", by_day(canonical()), config=SMALL)
+    (tmp_path / "a" / ROWS / "station" / column / "c" / "1").unlink()
+    with pytest.raises(ArchiveError, match=f"column '{column}', are gone"):
+        read(tmp_path / "a")
+
+
+def test_a_span_written_anew_under_a_reader_is_noticed(tmp_path, monkeypatch):
+    """Between its first and its second columns the chunks that `append` removes first go, as do some it reads next."""
+    append(tmp_path / "a", by_day(canonical()), config=SMALL)
+    load, calls = archive._load, []
+
+    def racing(arrays, segment, columns, root):
+        rows = load(arrays, segment, columns, root)
+        if not calls:
+            for name in ("time", "height", "pressure"):
+                (tmp_path / "a" / ROWS / "atms" / name / "c" / "0").unlink(missing_ok=True)
+        calls.append(columns)
+        return rows
+
+    monkeypatch.setattr(archive, "_load", racing)
+    with pytest.raises(ArchiveError, match="rows of atms from 0 on were written anew"):
+        read(tmp_path / "a", sensors=["atms"])
+
+
+def test_a_value_that_is_missing_is_refused(tmp_path):
+    table = canonical().assign(value=np.nan)
+    with pytest.raises(SchemaError, match=r"column 'value' is NaN at row 0; pass the table through .*validate"):
+        append(tmp_path / "a", [table], config=SMALL)
 
 
 def test_damage_is_noticed(tmp_path):

@@ -13,7 +13,7 @@ from scipy.integrate import quad, solve_ivp
 import earth.osse
 from configs.osse_global import t21, t31, tiny
 from earth import sensors
-from earth.geometry import standard_height
+from earth.geometry import standard_height, standard_pressure
 from earth.observations import COLUMNS, to_reports, validate
 from earth.osse import (
     AFTERNOON,
@@ -50,7 +50,6 @@ from earth.osse import (
     satellites,
     simulate,
     truth_from_dataset,
-    vehicles,
 )
 from earth.sensors import Channel
 from examples import observing_system
@@ -515,7 +514,7 @@ def test_aircraft_fly_great_circles_at_their_speed_and_climb_as_stated(weather):
     observed = watch(observe_aircraft, weather, FLEET, 0)
     table = observed.table[observed.table["variable"] == "temperature"].sort_values(["platform", "time"])
     np.testing.assert_allclose(table["height"], standard_height(table["pressure"].to_numpy()), rtol=1e-9)
-    np.testing.assert_allclose(vehicles.standard_pressure(np.array([0.0, 11000.0])), [101325, 22632], rtol=1e-4)
+    np.testing.assert_allclose(standard_pressure(np.array([0.0, 11000.0])), [101325, 22632], rtol=1e-4)
     assert table["height"].max() <= 12000
     gap = table.groupby("platform")["time"].diff()
     flight = (gap != pd.Timedelta(minutes=10)).cumsum()  # 90 minutes on the ground are longer
