@@ -468,7 +468,8 @@ def draw(summary: pd.DataFrame, table: pd.DataFrame, layers: int, target: float)
         depth.axhline(100 * target, color="#777777", lw=0.8, ls=":")
         depth.set(title="Skipped, layer by layer", xlabel="layer", ylabel="%", ylim=(0, 100))
         depth.set_xticks(range(1, layers + 1))
-        depth.legend(fontsize=7)
+        if depth.get_legend_handles_labels()[0]:
+            depth.legend(fontsize=7)
         return figure
 
 
