@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from earth import field, geometry, model, network, normals, propagator, windows
+from earth import field, geometry, layers, model, network, normals, propagator, windows
 from earth.export import to_dataset
 from earth.model import EarthConfig, Params, Queries, State
 from earth.observations import ObservationError, Reports
@@ -218,7 +218,7 @@ _CLASSES = {
         field.Kernel,
         propagator.Propagator,
         network.Network,
-        network.Dense,
+        layers.Dense,
         network.Block,
     )
 }

@@ -22,8 +22,9 @@ from jaxtyping import Float, Int
 from earth import geometry
 from earth.field import Anchors, proximity
 from earth.geometry import Array
+from earth.layers import Dense, apply, dense, layer_norm
 from earth.windows import StreamConfig, Tokens
-from moe.params import FanIn, Normal, Param, ParamSpec, ones, zeros
+from moe.params import Normal, Param, ParamSpec, ones, zeros
 from moe.sharding import constrain
 
 CLOCK = 6
@@ -79,12 +80,6 @@ class Sites:
 
 
 @flax.struct.dataclass
-class Dense:
-    w: Param
-    b: Param
-
-
-@flax.struct.dataclass
 class Block:
     """Pre-norm attention over anchors and MLP, both modulated by a condition vector."""
 
@@ -126,11 +121,6 @@ class Network:
     residual: Param
 
 
-def _dense(d_in: int, d_out: int, scale: float = 1.0) -> Dense:
-    init = FanIn(scale) if scale > 0 else zeros
-    return Dense(w=ParamSpec((d_in, d_out), ("embed", None), init), b=ParamSpec((d_out,), (None,), zeros))
-
-
 def network_specs(cfg: NetworkConfig, streams: tuple[StreamConfig, ...], anchors: int) -> Network:
     """Declaration of every parameter."""
     d = cfg.width
@@ -138,38 +128,27 @@ def network_specs(cfg: NetworkConfig, streams: tuple[StreamConfig, ...], anchors
 
     def block() -> Block:
         return Block(
-            query=_dense(d, d),
-            key=_dense(d, d),
-            value=_dense(d, d),
-            out=_dense(d, d, 0.1),
-            up=_dense(d, cfg.expansion * d),
-            down=_dense(cfg.expansion * d, d, 0.1),
-            modulate=_dense(d, 2 * d, 0.0),
+            query=dense(d, d),
+            key=dense(d, d),
+            value=dense(d, d),
+            out=dense(d, d, 0.1),
+            up=dense(d, cfg.expansion * d),
+            down=dense(cfg.expansion * d, d, 0.1),
+            modulate=dense(d, 2 * d, 0.0),
             decay=ParamSpec((cfg.heads,), (None,), zeros),
             pair=ParamSpec((cfg.heads, anchors, anchors), (None, None, None), zeros),
         )
 
     return Network(
-        embed={s.sensor: _dense(2 * len(s.slots) * len(s.variables) + len(s.slots) + PLACE, d) for s in streams},
+        embed={s.sensor: dense(2 * len(s.slots) * len(s.variables) + len(s.slots) + PLACE, d) for s in streams},
         anchor=ParamSpec((anchors, d), (None, "embed"), Normal(0.3)),
-        place=_dense(PLACE, d), clock=_dense(CLOCK, d), lead=_dense(LEAD, d), memory=_dense(d, d, 0.1),
+        place=dense(PLACE, d), clock=dense(CLOCK, d), lead=dense(LEAD, d), memory=dense(d, d, 0.1),
         gate=ParamSpec((d,), (None,), zeros),
         encoder=[block() for _ in range(cfg.encoder_layers)], dynamics=[block() for _ in range(cfg.dynamics_layers)],
-        query=_dense(PLACE + CLOCK + 2 + LEAD + channels, d), own=_dense(d, d), hidden=_dense(d, cfg.expansion * d),
-        narrow=_dense(cfg.expansion * d, d, 0.1), mean=_dense(d, channels, 0.01), spread=_dense(d, channels, 0.01),
+        query=dense(PLACE + CLOCK + 2 + LEAD + channels, d), own=dense(d, d), hidden=dense(d, cfg.expansion * d),
+        narrow=dense(cfg.expansion * d, d, 0.1), mean=dense(d, channels, 0.01), spread=dense(d, channels, 0.01),
         residual=ParamSpec((), (), ones),
     )  # fmt: skip
-
-
-def apply(dense: Dense, x: Float[Array, "*#b I"]) -> Float[Array, "*#b O"]:
-    return x @ dense.w.astype(x.dtype) + dense.b.astype(x.dtype)
-
-
-def layer_norm(x: Float[Array, "*#b D"]) -> Float[Array, "*#b D"]:
-    """Without affine parameters: the modulation that follows carries them. In fp32 whatever the compute type."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)).astype(x.dtype)
 
 
 def place_features(scale: Float[Array, "2 3"], latitude, longitude, height) -> Float[Array, "*#n 4"]:
@@ -210,8 +189,8 @@ def attend(
     first, second = jnp.split(apply(block.modulate, condition)[..., None, :], 2, -1)
     y = layer_norm(x) * (1 + first)
 
-    def heads(dense):
-        z = apply(dense, y)
+    def heads(to: Dense):
+        z = apply(to, y)
         return z.reshape(*z.shape[:-1], cfg.heads, -1)
 
     q, k, v = heads(block.query), heads(block.key), heads(block.value)
