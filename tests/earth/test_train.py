@@ -310,6 +310,7 @@ def dtypes_of(jaxpr, primitive):
     return found
 
 
+@pytest.mark.slow  # a compilation of the whole step of its own: 46 s
 def test_bfloat16_computes_low_and_keeps_high(data, network, batch, plain):
     low = dataclasses.replace(CFG, compute="bfloat16")
     products = {

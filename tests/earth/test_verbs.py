@@ -51,6 +51,12 @@ def batch(data):
     return jax.tree.map(jnp.asarray, windows.sample(data.streams, data.train_times[:8], [0.0, 3.0, 6.0], fold=0))
 
 
+ASSIMILATE = jax.jit(functools.partial(model.assimilate, cfg=CFG))
+ASSIMILATE_TOKENS = jax.jit(functools.partial(model.assimilate_tokens, cfg=CFG))
+ADVANCE = jax.jit(functools.partial(model.advance, cfg=CFG))
+OBSERVE = jax.jit(functools.partial(model.observe, cfg=CFG))
+
+
 def queries(data) -> Queries:
     place = data.reports["station"].positions()
     return sites(place.latitude, place.longitude, place.height)
@@ -63,25 +69,25 @@ def window(data, time):
 
 def test_advancing_twice_equals_advancing_once(data, params):
     observations, time = window(data, data.train_times[5])
-    state = model.assimilate(params, None, observations, time, cfg=CFG)
-    step = jax.jit(functools.partial(model.advance, cfg=CFG))
+    state = ASSIMILATE(params, None, observations, time)
+    step = ADVANCE
     once, twice = step(params, state, 6.0), step(params, step(params, state, 2.0), 4.0)
-    a, b = (model.observe(params, s, queries(data), cfg=CFG) for s in (once, twice))
+    a, b = (OBSERVE(params, s, queries(data)) for s in (once, twice))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-    assert float(jnp.abs(a[0] - model.observe(params, state, queries(data), cfg=CFG)[0]).max()) > 0.01
+    assert float(jnp.abs(a[0] - OBSERVE(params, state, queries(data))[0]).max()) > 0.01
 
 
 def test_batch_equals_loop(data, params):
     times = data.train_times[[3, 40, 200]]
     stream = data.streams["station"]
     together = windows.Tokens(**stream.tokens(times))
-    state = model.assimilate_tokens(params, None, {"station": together}, jnp.asarray(times), cfg=CFG)
-    state = model.advance(params, state, 3.0, cfg=CFG)
-    mean, spread = model.observe(params, state, queries(data), cfg=CFG)
+    state = ASSIMILATE_TOKENS(params, None, {"station": together}, jnp.asarray(times))
+    state = ADVANCE(params, state, 3.0)
+    mean, spread = OBSERVE(params, state, queries(data))
     for i, t in enumerate(times):
         alone = {"station": windows.Tokens(**stream.tokens(int(t)))}
-        one = model.assimilate_tokens(params, None, alone, jnp.asarray(t, jnp.int32), cfg=CFG)
-        m, s = model.observe(params, model.advance(params, one, 3.0, cfg=CFG), queries(data), cfg=CFG)
+        one = ASSIMILATE_TOKENS(params, None, alone, jnp.asarray(t, jnp.int32))
+        m, s = OBSERVE(params, ADVANCE(params, one, 3.0), queries(data))
         np.testing.assert_allclose(mean[i], m, rtol=2e-5)
         np.testing.assert_allclose(spread[i], s, rtol=2e-3)
 
@@ -90,8 +96,8 @@ def test_an_observed_site_reads_its_own_value_at_the_analysis(data, params):
     observations, time = window(data, data.train_times[77])
     mean = jax.tree.map(jnp.zeros_like, params.network.mean)
     quiet = params.replace(network=params.network.replace(mean=mean))
-    state = model.assimilate(quiet, None, observations, time, cfg=CFG)
-    mean, _ = model.observe(quiet, state, queries(data), cfg=CFG)
+    state = ASSIMILATE(quiet, None, observations, time)
+    mean, _ = OBSERVE(quiet, state, queries(data))
     o = observations["station"]
     seen = np.asarray(o.mask[:, 0])
     error = np.abs(np.asarray(mean) - np.asarray(o.value[:, 0]))[seen] / np.tile([1.0, 100.0], (7, 1))[seen]
@@ -100,10 +106,10 @@ def test_an_observed_site_reads_its_own_value_at_the_analysis(data, params):
 
 def test_cycling_without_observations_keeps_the_forecast(data, params):
     observations, time = window(data, data.train_times[60])
-    state = model.assimilate(params, None, observations, time, cfg=CFG)
-    later = model.advance(params, state, 3.0, cfg=CFG)
+    state = ASSIMILATE(params, None, observations, time)
+    later = ADVANCE(params, state, 3.0)
     empty = jax.tree.map(jnp.zeros_like, observations)
-    cycled = model.assimilate(params, later, empty, later.time, cfg=CFG)
+    cycled = ASSIMILATE(params, later, empty, later.time)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(cycled))
     feature = model.propagator.features(params.fitted.propagator, params.fitted.anchors, state.history, state.origin)
     expected = model.linear_field(params.fitted, feature, state.history, later.lead)
@@ -111,8 +117,8 @@ def test_cycling_without_observations_keeps_the_forecast(data, params):
     np.testing.assert_allclose(cycled.history[:, 2], state.history[:, 0], atol=1e-5)  # slot 3 h: the old analysis
     # With the same observations again, the cycled analysis follows them and not the background.
     again, _ = window(data, data.train_times[60] + 3 * 3600)
-    fresh = model.assimilate(params, None, again, later.time, cfg=CFG)
-    both = model.assimilate(params, later, again, later.time, cfg=CFG)
+    fresh = ASSIMILATE(params, None, again, later.time)
+    both = ASSIMILATE(params, later, again, later.time)
     np.testing.assert_allclose(both.history[:, 0], fresh.history[:, 0], atol=0.02)
 
 
@@ -124,7 +130,8 @@ def test_missing_values_and_targets_have_no_influence(data, params, batch):
         return sum(t.value() for t in terms.values())
 
     tokens, targets = batch["tokens"]["station"], batch["targets"]["station"]
-    value, gradient = jax.value_and_grad(total)(params.network, batch)
+    both = jax.jit(jax.value_and_grad(total))
+    value, gradient = both(params.network, batch)
     poisoned = dict(
         batch,
         tokens={"station": tokens.replace(value=jnp.where(tokens.mask, tokens.value, 1e6))},
@@ -132,7 +139,7 @@ def test_missing_values_and_targets_have_no_influence(data, params, batch):
     )
     hidden, _ = objectives.hide(jax.random.key(0), poisoned["tokens"], CFG, PLAIN)
     poisoned["tokens"] = hidden
-    again, same = jax.value_and_grad(total)(params.network, poisoned)
+    again, same = both(params.network, poisoned)
     assert not targets.mask.all()
     assert not tokens.mask.all()
     np.testing.assert_allclose(value, again, rtol=1e-6)
@@ -148,10 +155,12 @@ def test_gradient_against_finite_differences(data, params, batch):
         )
         return terms["mean"].value()
 
+    total = jax.jit(total)
     keys = iter(jax.random.split(jax.random.key(2), 200))
     direction = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape) * (x.ndim > 0), params.network)
     slope = sum(
-        jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(total)(params.network), direction)), strict=True)
+        jnp.vdot(g, d)
+        for g, d in zip(*map(jax.tree.leaves, (jax.jit(jax.grad(total))(params.network), direction)), strict=True)
     )
     step = 2e-3
     up, down = (total(jax.tree.map(lambda p, d, s=s: p + s * d, params.network, direction)) for s in (step, -step))

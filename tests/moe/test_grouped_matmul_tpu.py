@@ -137,7 +137,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["blocks", pytest.param("tiles", marks=pytest.mark.slow)])
 def test_strictly(cut, monkeypatch):
     """Every copy awaited, no memory read before it is written, no race: each product, several chunks, blocks, tiles."""
     (k, n, parts), constants = CUTS[cut]
