@@ -1,0 +1,1 @@
+"""Kernels: one meaning, several implementations, chosen by the platform being lowered for."""
