@@ -1,0 +1,69 @@
+"""Presets of the global model (`earth.world`) on the simulated observing system of `configs.osse_global` (all ours)."""
+
+from typing import Any
+
+import numpy as np
+
+from earth.osse.nature import continentality, relief
+from earth.world.field import FieldConfig
+from earth.world.model import WorldConfig
+from earth.world.network import NetworkConfig
+from earth.world.records import SensorConfig
+from earth.world.train import StageConfig, TrainConfig
+
+_TB = "brightness_temperature"
+_SURFACE = (
+    "lowest_level_temperature",
+    "surface_pressure",
+    "lowest_level_u_component_of_wind",
+    "lowest_level_v_component_of_wind",
+)
+_UPPER = ("temperature", "u_component_of_wind", "v_component_of_wind")
+
+
+def _radiometer(sensor: str, channels: tuple[int, ...], tokens: int) -> SensorConfig:
+    return SensorConfig(sensor, tuple(f"{_TB}:{c}" for c in channels), tokens)
+
+
+def t21() -> WorldConfig:
+    """Columns 1,000 km apart, steps of 12 hours."""
+    return WorldConfig(
+        sensors=(
+            SensorConfig("station", _SURFACE, 200, fixed=True),
+            SensorConfig("radiosonde", (*_UPPER, "specific_humidity"), 300),
+            _radiometer("simulated_amsua", (2, 4, 5, 6, 7, 8), 250),
+            _radiometer("simulated_atms", (3, 4, 6, 7, 8, 10), 250),
+            _radiometer("simulated_geo_imager", (1, 2, 3), 100),
+            SensorConfig("scatterometer", _SURFACE[2:], 100),
+            SensorConfig("aircraft", _UPPER, 150),
+            SensorConfig("ship", _SURFACE, 60),
+        ),
+        field=FieldConfig(anchors=512, neighbours=8, reach=20),
+        network=NetworkConfig(),
+    )
+
+
+def tiny() -> WorldConfig:
+    """The same sensors, seconds."""
+    full = t21()
+    return WorldConfig(
+        sensors=full.sensors,
+        field=FieldConfig(anchors=64, neighbours=4, reach=8),
+        network=NetworkConfig(width=32, heads=4, key=4, heights=(500.0, 3000.0, 8000.0, 15000.0)),
+        step=6.0,
+    )
+
+
+def training() -> TrainConfig:
+    return TrainConfig(
+        stages=(
+            StageConfig("short", 4000, cycles=2, leads=2, learning_rate=2e-3),
+            StageConfig("long", 4000, cycles=4, leads=4, learning_rate=1e-3),
+        )
+    )
+
+
+def statics(latitude: Any, longitude: Any) -> Any:
+    """Relief over 2 km and the share of land of the simulated planet: what the model is told of the ground."""
+    land = continentality(np.asarray(latitude, float), np.asarray(longitude, float))
+    return np.stack([relief(np.asarray(latitude, float), np.asarray(longitude, float), 1.0), land], -1)

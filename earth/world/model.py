@@ -1,0 +1,172 @@
+"""Earth-o1 over the globe as a functional model: one field, fed and read by every sensor.
+
+    state = assimilate(params, None, tokens, end, cfg=cfg)    # reports of a window -> analysis at its end
+    state = advance(params, state, 2, cfg=cfg)                # two steps of the dynamics
+    state = assimilate(params, state, tokens, end, cfg=cfg)   # cycling: the advanced state is the background
+    mean, spread = observe(params, state, sensor, queries, cfg=cfg)   # any sensor, any point, up to `step` hours back
+
+The public facts of the paper (2605.06337) fix tokens at observation coordinates, a unified latent field that is not a
+grid, and dynamics in it; everything else is ours and labelled so where it is decided. `earth.model` is the other
+member of the family: a regional model of stations around a closed-form propagator.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from earth import geometry
+from earth.observations import Reports
+from earth.world import network
+from earth.world.climate import Climate, climate, fit_climate
+from earth.world.field import Anchors, FieldConfig, make_anchors
+from earth.world.network import Network, NetworkConfig
+from earth.world.records import SensorConfig, Tokens, select
+from moe.params import Param
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """Structure of the model.
+
+    Attributes:
+      sensors: what is read and predicted. field: the basis. network: sizes.
+      step: hours of a window, and of a step of the dynamics.
+      temperature: (sensor, variable) in situ whose normal gives the deviation of temperature with height, the unit of
+        what radiometers weigh; None takes 5 K everywhere.
+    """
+
+    sensors: tuple[SensorConfig, ...]
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    step: float = 12.0
+    temperature: tuple[str, str] | None = ("radiosonde", "temperature")
+
+    def __post_init__(self):
+        names = [s.sensor for s in self.sensors]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"sensors {names} must be at least one, each once")
+        if not self.step > 0:
+            raise ValueError(f"step {self.step} h must be above 0")
+
+    def sensor(self, name: str) -> SensorConfig:
+        for s in self.sensors:
+            if s.sensor == name:
+                return s
+        raise ValueError(f"sensor {name!r} is not among the model's: {[s.sensor for s in self.sensors]}")
+
+
+@flax.struct.dataclass
+class Fitted:
+    """What is fitted in closed form: normals per sensor, anchors, [Z] deviation of temperature at the heights, K."""
+
+    normals: dict[str, Climate]
+    anchors: Anchors
+    profile: Param
+
+
+@flax.struct.dataclass
+class Params:
+    fitted: Fitted
+    network: Network
+
+
+@flax.struct.dataclass
+class State:
+    """The field at `time` (int32 seconds since 2000): latent [M, D] on the anchors."""
+
+    time: Param
+    latent: Param
+
+
+def fit(reports: Mapping[str, Reports], cfg: WorldConfig, *, statics: Any = None, seed: int = 0) -> Fitted:
+    """The closed-form part, from training reports."""
+    normals = {s.sensor: fit_climate(select(reports, s), sites=s.fixed, seed=seed) for s in cfg.sensors}
+    heights = np.asarray(cfg.network.heights, np.float32)
+    profile = np.full(len(heights), 5.0, np.float32)
+    if cfg.temperature is not None:
+        name, variable = cfg.temperature
+        about = cfg.sensor(name)
+        latitude = np.rad2deg(np.arcsin(np.linspace(-0.95, 0.95, 19)))[:, None] + 0 * heights
+        zero = np.zeros_like(latitude, np.float32)
+        _, sd = climate(
+            normals[name], np.float32(latitude), zero, heights + zero, zero, np.zeros(latitude.shape, np.int32)
+        )
+        profile = np.sqrt(np.mean(np.asarray(sd)[..., about.variables.index(variable)] ** 2, 0))
+    return jax.tree.map(jnp.asarray, Fitted(normals, make_anchors(cfg.field, statics), profile.astype(np.float32)))
+
+
+def assimilate(
+    params: Params,
+    state: State | None,
+    tokens: Mapping[str, Tokens],
+    end: Any,
+    *,
+    cfg: WorldConfig,
+    given: Mapping[str, Any] | None = None,
+) -> State:
+    """Analysis at `end` of the reports of (end - step, end].
+
+    Args:
+      state: the background, advanced to `end`; None starts from what the forcing alone says.
+      tokens: {sensor: Tokens} of every sensor of the config (`earth.world.records`); none masked-in is fine.
+      given: {sensor: [N] bool} reports that may be read; all by default.
+    """
+    h = network.background(params.network, params.fitted.anchors, end) if state is None else state.latent
+    before = _read(params, h, tokens, end, cfg=cfg)
+    given = {s.sensor: jnp.ones(tokens[s.sensor].age.shape, bool) for s in cfg.sensors} if given is None else given
+    h = network.analyse(
+        params.network, h, params.fitted.anchors, tokens, given, {k: v[0] for k, v in before.items()}, end,
+        cfg=cfg.network, field=cfg.field, sensors=cfg.sensors, step=cfg.step,
+    )  # fmt: skip
+    return State(end, h)
+
+
+def advance(params: Params, state: State, steps: int | jax.Array = 1, *, cfg: WorldConfig) -> State:
+    """The field `steps` steps of the dynamics later."""
+
+    def once(_, s: State) -> State:
+        time = s.time + jnp.int32(round(cfg.step * 3600))
+        return State(time, network.step(params.network, s.latent, params.fitted.anchors, time, cfg=cfg.network))
+
+    return jax.lax.fori_loop(0, steps, once, State(jnp.asarray(state.time, jnp.int32), state.latent))
+
+
+def read(params: Params, state: State, tokens: Mapping[str, Tokens], *, cfg: WorldConfig) -> dict[str, tuple[Any, Any]]:
+    """{sensor: (mean, log spread) [N, V]}, in standard deviations, at tokens aged up to `step` h before the state."""
+    return _read(params, state.latent, tokens, state.time, cfg=cfg)
+
+
+def _read(params: Params, h: Any, tokens: Mapping[str, Tokens], end: Any, *, cfg: WorldConfig) -> dict[str, Any]:
+    return network.read(
+        params.network, h, params.fitted.anchors, tokens, end, cfg=cfg.network, field=cfg.field,
+        sensors=tuple(s for s in cfg.sensors if s.sensor in tokens), step=cfg.step, profile=params.fitted.profile,
+    )  # fmt: skip
+
+
+def observe(
+    params: Params, state: State, sensor: str, queries: Tokens, *, cfg: WorldConfig, platform: Any = None
+) -> tuple[Any, Any]:
+    """What a sensor would report: (mean [Q, V], standard deviation [Q, V]), SI.
+
+    Args:
+      queries: where and when; `value`, `mask` are not looked at.
+      platform: [Q] index of a platform of the fit whose own normal is to be used, -1 for none.
+    """
+    time = state.time - jnp.round(queries.age * 3600.0).astype(jnp.int32)
+    mean, sd = climate(
+        params.fitted.normals[sensor], queries.latitude, queries.longitude, queries.height, queries.view_angle, time,
+        platform,
+    )  # fmt: skip
+    queries = dataclasses.replace(queries, deviation=sd)
+    z, spread = read(params, state, {sensor: queries}, cfg=cfg)[sensor]
+    return mean + z * sd, jnp.exp(spread) * sd
+
+
+def window_end(seconds_1970: int) -> np.int32:
+    """End of a window of a `Record` as the model's time."""
+    return geometry.seconds(np.datetime64(int(seconds_1970), "s"))

@@ -1,0 +1,412 @@
+"""The learned maps: reports -> field, field -> field six or twelve hours later, field -> any sensor at any point.
+
+    field = background(net, anchors, ...)              # no observation yet
+    field = analyse(net, field, tokens, ...)           # reports of a window enter, each with its innovation
+    field = step(net, field, ...)                      # one step of the dynamics
+    mean, log_spread = read(net, field, tokens, ...)   # what a sensor would report
+
+In situ sensors read the field at their height. Radiometers read its temperature at `heights` and average it with a
+normalised weighting over height that is computed from the channel's metadata and the view angle: a channel that was
+never trained on has one too, and it can be plotted (`weighting`). A small residual read from the column covers what
+temperature does not. Widths and depths, the innovation as an input, moments of the displacement and the rest of the
+form are ours; the paper's are unknown.
+
+Shapes: N reports, V variables of a sensor, M anchors, D width, H heads, K key width, Z heights, F metadata.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from earth import geometry, sensors
+from earth.kernels.neighbour_attention import pairs
+from earth.layers import Dense, apply, dense, layer_norm
+from earth.sensors import split_channel
+from earth.world._draft import attend2 as attend
+from earth.world._draft import collect2 as collect
+from earth.world.field import Anchors, FieldConfig, place
+from earth.world.records import SensorConfig, Tokens
+from moe.params import Constant, FanIn, Param, ParamSpec, zeros
+
+PLACE = 9  # of a report: height (5), latitude (2), solar time (2)
+AGE = 2
+METADATA = 14
+_VERTICAL = 5  # of those that vary with height
+_CLIP = 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes.
+
+    Attributes:
+      width: D. heads: H, divides D; every other head weighs by a displacement. key: K per head.
+      expansion: hidden width of the MLPs over D.
+      analysis_layers, dynamics_layers: self-attention blocks of an analysis and of a step.
+      heights: Z at which radiometers read the field, m.
+    """
+
+    width: int = 96
+    heads: int = 8
+    key: int = 8
+    expansion: int = 2
+    analysis_layers: int = 1
+    dynamics_layers: int = 2
+    heights: tuple[float, ...] = (
+        100.0, 800.0, 1500.0, 2500.0, 4000.0, 5500.0, 7000.0, 9000.0, 11000.0, 13500.0, 16500.0, 20000.0
+    )  # fmt: skip
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if len(self.heights) < 2 or list(self.heights) != sorted(self.heights):
+            raise ValueError(f"heights {self.heights} must be at least two, rising")
+
+
+@flax.struct.dataclass
+class Attention:
+    """Distances are in spacings: `decay` [H] is the log of the factor on their square; `moments` [H, 4]."""
+
+    query: Dense
+    key: Dense
+    value: Dense
+    decay: Param
+    moments: Param
+
+
+@flax.struct.dataclass
+class Block:
+    """Self-attention of the anchors and an MLP, modulated by clock and place of each anchor."""
+
+    attention: Attention
+    out: Dense
+    up: Dense
+    down: Dense
+    forcing: Dense
+
+
+@flax.struct.dataclass
+class Sense:
+    """One sensor on the way in and out.
+
+    `embed` [V, 2 D'] weights of the values and innovations, for radiometers generated from metadata by `meta_in`;
+    `prior` [H] logit of the background in the average over reports.
+    """
+
+    embed: Param | None
+    meta_in: Dense | None
+    about: Dense
+    hidden: Dense
+    attention: Attention
+    prior: Param
+    mass: Dense
+    merge: Dense
+    # out
+    kind: Param  # [2 D] what this sensor adds to the hidden layer of the reading
+    mean: Dense | None
+    spread: Dense | None
+    meta_out: Dense | None  # residual weights [F -> D + 1]
+    meta_spread: Dense | None
+    weighting: Dense | None
+    weighting_out: Dense | None
+
+
+@flax.struct.dataclass
+class Network:
+    place: Dense
+    senses: dict[str, Sense]
+    blend: Dense
+    blend_out: Dense
+    skip: Dense
+    analysis: list[Block]
+    dynamics: list[Block]
+    reading: Attention
+    hidden: Dense
+    tendency: Dense
+    about: Dense
+    gate: Dense
+    profile: Dense
+    profile_out: Dense
+
+
+def _attention(cfg: NetworkConfig, d_in: int) -> Attention:
+    pattern = np.zeros((cfg.heads, 4), np.float32)
+    pattern[:, 0] = 1.0
+    for i in range(1, cfg.heads, 2):
+        pattern[i, 0] = 0.0
+        pattern[i, 1 + (i // 2) % 2] = 2.0
+    spread = np.log(np.geomspace(0.1, 2.0, cfg.heads).astype(np.float32))[
+        np.argsort(np.arange(cfg.heads) % 2, kind="stable")
+    ]
+    return Attention(
+        query=dense(cfg.width, cfg.heads * cfg.key, 0.3), key=dense(d_in, cfg.heads * cfg.key, 0.3),
+        value=dense(d_in, cfg.width),
+        decay=ParamSpec((cfg.heads,), (None,), Constant(spread)),
+        moments=ParamSpec((cfg.heads, 4), (None, None), Constant(pattern)),
+    )  # fmt: skip
+
+
+def _block(cfg: NetworkConfig, forcing: int) -> Block:
+    d = cfg.width
+    return Block(
+        attention=_attention(cfg, d), out=dense(d, d, 0.2), up=dense(d, cfg.expansion * d),
+        down=dense(cfg.expansion * d, d, 0.2), forcing=dense(forcing, 2 * d, 0.1),
+    )  # fmt: skip
+
+
+def _forcing_width(statics: int) -> int:
+    return 6 + statics
+
+
+def network_specs(cfg: NetworkConfig, sensors: tuple[SensorConfig, ...], statics: int) -> Network:
+    """Declaration of every parameter; `statics` fixed features of the anchors."""
+    d = cfg.width
+    hidden = 2 * d
+
+    def sense(s: SensorConfig) -> Sense:
+        v, radiometer = len(s.variables), is_radiometer(s)
+        return Sense(
+            embed=None if radiometer else ParamSpec((v, 3, d), (None, None, "embed"), FanIn(1.0, (-3, -2))),
+            meta_in=dense(METADATA, 3 * d) if radiometer else None,
+            about=dense(PLACE + AGE + 3, d), hidden=dense(d, d), attention=_attention(cfg, d),
+            prior=ParamSpec((cfg.heads,), (None,), zeros), mass=dense(cfg.heads, d, 0.3), merge=dense(d, d),
+            kind=ParamSpec((hidden,), (None,), zeros),
+            mean=None if radiometer else dense(hidden, v, 0.1), spread=None if radiometer else dense(hidden, v, 0.1),
+            meta_out=dense(METADATA, d + 1, 0.01) if radiometer else None,
+            meta_spread=dense(METADATA, d + 1, 0.01) if radiometer else None,
+            weighting=dense(METADATA + 4, 32) if radiometer else None,
+            weighting_out=dense(32, 2, 0.1) if radiometer else None,
+        )  # fmt: skip
+
+    f = _forcing_width(statics)
+    return Network(
+        place=dense(f, d), senses={s.sensor: sense(s) for s in sensors},
+        blend=dense(d, hidden), blend_out=dense(hidden, d, 0.2), skip=dense(d, d),
+        analysis=[_block(cfg, f) for _ in range(cfg.analysis_layers)],
+        dynamics=[_block(cfg, f) for _ in range(cfg.dynamics_layers)],
+        reading=_attention(cfg, d), hidden=dense(d, hidden), tendency=dense(d, hidden, 0.3),
+        about=dense(PLACE + AGE, hidden), gate=dense(PLACE, hidden, 0.3), profile=dense(_VERTICAL, 32),
+        profile_out=dense(32, hidden + 1, 0.3),
+    )  # fmt: skip
+
+
+def is_radiometer(s: SensorConfig) -> bool:
+    return bool(sensors.sensor(s.sensor).column)
+
+
+def metadata(s: SensorConfig) -> tuple[np.ndarray, np.ndarray]:
+    """([V, F] what describes each channel: frequency, bandwidth, polarisation, peak; [V] height of the peak in m)."""
+    about = sensors.sensor(s.sensor)
+    rows, peaks = [], []
+    for name in s.variables:
+        c = about.channel(split_channel(name)[1])
+        x = math.log10(c.frequency_hz / 1e9)  # 1.4 for 24 GHz, 4.5 for 10 um
+        width = 0.0 if not math.isfinite(c.bandwidth) else math.log10(max(c.bandwidth_hz, 1e6) / 1e9)
+        peak = 101_325.0 if not math.isfinite(c.peak_pressure) else c.peak_pressure
+        y = math.log(peak / 101_325.0)
+        waves = [g(k * x) for k in (1.0, 4.0, 16.0) for g in (math.sin, math.cos)]
+        pol = [float("V" in c.polarisation), float("H" in c.polarisation), float("Q" in c.polarisation)]
+        rows.append([x, *waves, width, *pol, y, math.exp(y), float(c.frequency is None)])
+        peaks.append(float(geometry.standard_height(peak)))
+    return np.asarray(rows, np.float32), np.asarray(peaks, np.float32)
+
+
+def place_features(latitude: Any, height: Any) -> Any:
+    """[..., 7] of a point: height over 10 km in five smooth functions, sine and cosine of latitude."""
+    latitude, height = jnp.broadcast_arrays(latitude, height)
+    z = jnp.clip(height / 1e4, -0.1, 3.0)
+    lat = jnp.deg2rad(latitude)
+    parts = [z, z * z / 2, jnp.exp(-2.5 * jnp.maximum(z, 0.0)), jnp.sin(math.pi * z), jnp.cos(math.pi * z)]
+    return jnp.stack([*parts, jnp.sin(lat), jnp.cos(lat)], -1)
+
+
+def about_report(t: Tokens, end: Any, step: float) -> tuple[Any, Any]:
+    """(place and clock [N, PLACE], age [N, AGE])."""
+    time = end - jnp.round(t.age * 3600.0).astype(jnp.int32)
+    return about_place(t.latitude, t.longitude, t.height, time), age_features(t.age, step)
+
+
+def about_place(latitude: Any, longitude: Any, height: Any, time: Any) -> Any:
+    where = place_features(latitude, height)
+    clock = geometry.clock_features(time, longitude)[..., :2]
+    return jnp.concatenate([where, jnp.broadcast_to(clock, (*where.shape[:-1], 2))], -1)
+
+
+def age_features(age: Any, step: float) -> Any:
+    x = age / step
+    return jnp.stack([x, x * x], -1)
+
+
+def forcing_features(anchors: Anchors, time: Any) -> Any:
+    """[M, 6 + S] of the anchors: latitude, height, solar time, statics."""
+    lat = jnp.deg2rad(anchors.latitude)
+    parts = [jnp.sin(lat), jnp.cos(lat), jnp.abs(jnp.sin(lat)), anchors.height / 1e4]
+    clock = geometry.clock_features(jnp.broadcast_to(time, lat.shape), anchors.longitude)[..., :2]
+    return jnp.concatenate([jnp.stack(parts, -1), clock, anchors.statics], -1)
+
+
+def _heads(x: Any, heads: int) -> Any:
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def _decay(a: Attention, m: int) -> Any:
+    return jnp.broadcast_to(jnp.exp(a.decay), (m, a.decay.shape[0]))
+
+
+def _run(block: Block, h: Any, anchors: Anchors, forcing: Any, *, cfg: NetworkConfig) -> Any:
+    shift, gain = jnp.split(apply(block.forcing, forcing), 2, -1)
+    a = block.attention
+    y = layer_norm(h) + shift
+    q, k, v = (_heads(apply(to, y), cfg.heads) for to in (a.query, a.key, a.value))
+    meet = pairs(anchors.place, anchors.place, anchors.near, frame=anchors.frame)
+    mixed = attend(q, k, v, _decay(a, h.shape[0]), meet, coefficient=a.moments).reshape(h.shape)
+    h = h + apply(block.out, mixed)
+    y = layer_norm(h) * (1.0 + gain)
+    return h + apply(block.down, jax.nn.gelu(apply(block.up, y)))
+
+
+def background(net: Network, anchors: Anchors, time: Any) -> Float[Any, "M D"]:
+    """The field before any report: what forcing alone says."""
+    return apply(net.place, forcing_features(anchors, time))
+
+
+def step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig) -> Any:
+    """One step of the dynamics to `time`."""
+    forcing = forcing_features(anchors, time)
+    for block in net.dynamics:
+        h = _run(block, h, anchors, forcing, cfg=cfg)
+    return h
+
+
+def _read_column(
+    net: Network, h: Any, anchors: Anchors, t: Tokens, *, cfg: NetworkConfig, field: FieldConfig, height: Any = None
+) -> Any:
+    """What the field says at reports, before their height is looked at: [N, D]."""
+    a = net.reading
+    y = layer_norm(h)
+    n = t.latitude.shape[0]
+    query = jnp.broadcast_to(_heads(a.query.b, cfg.heads), (n, cfg.heads, cfg.key))
+    at = place(field, t.latitude, t.longitude, t.height if height is None else height)
+    key, value = (_heads(apply(to, y), cfg.heads) for to in (a.key, a.value))
+    meet = pairs(at, anchors.place, t.near, frame=anchors.frame)
+    out = attend(query, key, value, _decay(a, h.shape[0]), meet, coefficient=a.moments)
+    return out.reshape(n, -1)
+
+
+def _hidden(net: Network, column: Any, about: Any, age: Any) -> Any:
+    """[..., 2 D]: column and height meet: additively under a gelu, and multiplicatively."""
+    x = apply(net.hidden, column) + age[..., :1] * apply(net.tendency, column)
+    x = x + apply(net.about, jnp.concatenate([about, age], -1))
+    return jax.nn.gelu(x) * (1.0 + apply(net.gate, about))
+
+
+def read(
+    net: Network, h: Any, anchors: Anchors, tokens: Mapping[str, Tokens], end: Any, *, cfg: NetworkConfig,
+    field: FieldConfig, sensors: tuple[SensorConfig, ...], step: float, profile: Any,
+) -> dict[str, tuple[Any, Any]]:  # fmt: skip
+    """{sensor: (mean [N, V], log spread [N, V])} in standard deviations about the normal.
+
+    Args:
+      profile: [Z] standard deviation of temperature at the heights, K: the unit of the profile that radiometers weigh.
+    """
+    out = {}
+    for s in sensors:
+        t, sense = tokens[s.sensor], net.senses[s.sensor]
+        column = _read_column(net, h, anchors, t, cfg=cfg, field=field)
+        about, age = about_report(t, end, step)
+        if not is_radiometer(s):
+            x = _hidden(net, column, about, age) + sense.kind
+            out[s.sensor] = (apply(sense.mean, x), apply(sense.spread, x))
+            continue
+        meta, _ = metadata(s)
+        weights = weighting(sense, s, t.view_angle, cfg=cfg)  # [N, V, Z]
+        temperature = _profile(net, _hidden(net, column, about, age), cfg) * profile  # [N, Z]
+        mean = jnp.einsum("nvz,nz->nv", weights, temperature) / t.deviation
+        w, b = jnp.split(apply(sense.meta_out, meta), [cfg.width], -1)
+        r, c = jnp.split(apply(sense.meta_spread, meta), [cfg.width], -1)
+        out[s.sensor] = (mean + column @ w.T + b[:, 0], column @ r.T + c[:, 0])
+    return out
+
+
+def _profile(net: Network, x: Any, cfg: NetworkConfig) -> Any:
+    """[N, Z] temperature at the heights: linear in what is read of the column, with weights that are a smooth function
+    of height.
+    """
+    heights = jnp.asarray(cfg.heights)
+    at = place_features(jnp.zeros_like(heights), heights)[:, :_VERTICAL]
+    weights = apply(net.profile_out, jnp.tanh(apply(net.profile, at)))
+    return x @ weights[:, :-1].T / x.shape[-1] ** 0.5 + weights[:, -1]
+
+
+def weighting(sense: Sense, s: SensorConfig, view_angle: Any, *, cfg: NetworkConfig) -> Any:
+    """[N, V, Z] weights over the heights, which sum to 1, of each channel at view angles in degrees.
+
+    They start as a bump about the peak in the channel's metadata, 0.6 wide in ln(p).
+    """
+    meta, peak = metadata(s)
+    z = np.asarray(cfg.heights, np.float32)
+    lnp = np.log(geometry.standard_pressure(z) / 101_325.0).astype(np.float32)
+    top = np.log(geometry.standard_pressure(peak) / 101_325.0).astype(np.float32)
+    gap = lnp[None] - top[:, None]
+    features = np.concatenate(
+        [
+            np.broadcast_to(meta[:, None], (*gap.shape, METADATA)),
+            np.stack([gap, gap * gap, np.broadcast_to(lnp, gap.shape), np.exp(np.broadcast_to(lnp, gap.shape))], -1),
+        ],
+        -1,
+    )
+    base, slant = jnp.moveaxis(apply(sense.weighting_out, jnp.tanh(apply(sense.weighting, features))), -1, 0)
+    layer = np.log(np.abs(np.gradient(lnp)))
+    base = 3.0 * base - gap * gap / (2 * 0.6**2) + layer  # layers are unequal: weights per ln(p), times their depth
+    path = 1.0 / jnp.cos(jnp.deg2rad(jnp.clip(view_angle, -70.0, 70.0))) - 1.0
+    return jax.nn.softmax(base + path[:, None, None] * slant, -1)
+
+
+def analyse(
+    net: Network, h: Any, anchors: Anchors, tokens: Mapping[str, Tokens], given: Mapping[str, Any],
+    expected: Mapping[str, Any], end: Any, *, cfg: NetworkConfig, field: FieldConfig,
+    sensors: tuple[SensorConfig, ...], step: float,
+) -> Any:  # fmt: skip
+    """The field after the reports of a window.
+
+    Args:
+      given: {sensor: [N] which reports may be read}.
+      expected: {sensor: [N, V]} what the field before says of them, in the units of the values.
+    """
+    y = layer_norm(h)
+    total = jnp.zeros_like(h)
+    for s in sensors:
+        t, sense = tokens[s.sensor], net.senses[s.sensor]
+        mask = t.mask & given[s.sensor][..., None]
+        value = jnp.where(mask, jnp.clip(t.value, -_CLIP, _CLIP), 0.0)
+        innovation = jnp.where(mask, jnp.clip(t.value - expected[s.sensor], -_CLIP, _CLIP), 0.0)
+        embed = sense.embed
+        if embed is None:
+            meta, _ = metadata(s)
+            embed = apply(sense.meta_in, meta).reshape(len(meta), 3, -1) / len(meta) ** 0.5
+        seen = mask.astype(h.dtype)
+        x = jnp.concatenate([value, innovation, seen], -1) @ jnp.moveaxis(embed, 1, 0).reshape(-1, cfg.width)
+        about, age = about_report(t, end, step)
+        v = t.view_angle / 60.0
+        x = x + apply(sense.about, jnp.concatenate([about, age, jnp.stack([v, v * v, v * 0 + 1], -1)], -1))
+        x = x + apply(sense.hidden, jax.nn.gelu(x))
+        a = sense.attention
+        at = place(field, t.latitude, t.longitude, t.height)
+        query, key, value = (_heads(apply(to, of), cfg.heads) for to, of in ((a.query, y), (a.key, x), (a.value, x)))
+        meet = pairs(at, anchors.place, t.near, frame=anchors.frame, where=mask.any(-1))
+        prior = jnp.broadcast_to(sense.prior, (h.shape[0], cfg.heads))
+        out, mass = collect(query, key, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
+        total = total + apply(sense.merge, out.reshape(h.shape)) + apply(sense.mass, mass)
+    x = apply(net.blend, y + total)
+    h = h + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total)
+    forcing = forcing_features(anchors, end)
+    for block in net.analysis:
+        h = _run(block, h, anchors, forcing, cfg=cfg)
+    return h

@@ -1,0 +1,263 @@
+"""Training the global model: chains of analyses, then a forecast, scored by every report on the way.
+
+A sample is `cycles` windows that are assimilated one after the other from nothing, and `leads` windows that the model
+forecasts. Every window after the first is scored before it is assimilated (a one-step forecast of every sensor), the
+last analysis is scored on what was hidden from it (whole sensors, and some reports: the masked autoencoder of the
+paper's figure), and every forecast window on all its reports. Curriculum: stages with more cycles and leads.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from earth.observations import EmptyWindowError
+from earth.world import model, network
+from earth.world.model import Fitted, Params, WorldConfig
+from earth.world.records import Record, Tokens
+from moe import training
+from moe.params import init
+from moe.training import Mean
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage.
+
+    Attributes:
+      name: of its directory. steps: of the optimiser.
+      cycles, leads: windows assimilated and forecast.
+      learning_rate, weight_decay, warmup: of AdamW with cosine decay to 2 %.
+      hide: probability that a whole sensor is hidden from a sample; always one at least is shown.
+      keep: share of the reports of the last window that its analysis may read.
+      batch: samples of a step.
+      remat: recompute each window's work in the backward pass.
+    """
+
+    name: str
+    steps: int
+    cycles: int = 3
+    leads: int = 4
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02
+    warmup: int = 200
+    hide: float = 0.15
+    keep: float = 0.8
+    batch: int = 1
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.cycles < 1 or self.leads < 0 or self.steps < 1 or self.batch < 1:
+            raise ValueError(f"stage {self.name!r}: cycles {self.cycles} and steps and batch start at 1, leads at 0")
+        if not 0 <= self.hide < 1 or not 0 < self.keep <= 1:
+            raise ValueError(f"stage {self.name!r}: hide {self.hide} must lie in [0, 1) and keep {self.keep} in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Stages in order, each from the last one's averaged parameters; `starts` every so many hours begin a sample."""
+
+    stages: tuple[StageConfig, ...]
+    seed: int = 0
+    ema: float = 0.999
+    starts: int = 1
+    checkpoint_every: int = 500
+    log_every: int = 20
+
+
+def chain(record: Record, first: int, windows: int, rng: np.random.Generator, tokens: Any = None) -> dict[str, Any]:
+    """{sensor: Tokens with a leading axis of windows}, and "time": int32 ends of the windows, from `first` (s 1970)."""
+    ends = [first + round(k * record.step * 3600) for k in range(windows)]
+    parts = [record.window(end, rng, tokens=tokens) for end in ends]
+    out: dict[str, Any] = {
+        s.sensor: jax.tree.map(lambda *x: np.stack(x), *(p[s.sensor] for p in parts)) for s in record.sensors
+    }
+    return {"tokens": out, "time": np.asarray([model.window_end(end) for end in ends], np.int32)}
+
+
+class _Sample(grain.transforms.RandomMap):
+    def __init__(self, records: tuple[Record, ...], stage: StageConfig):
+        self.records, self.stage = records, stage
+
+    def random_map(self, element: Any, rng: np.random.Generator) -> Any:
+        which, first = int(element[0]), int(element[1])
+        return chain(self.records[which], first, self.stage.cycles + self.stage.leads, rng)
+
+
+def starts(records: tuple[Record, ...], windows: int, every: int) -> np.ndarray:
+    """[n, 2] (record, end of the first window in s since 1970) of all chains of so many windows inside the records.
+
+    Raises:
+      EmptyWindowError: the records are shorter than a chain.
+    """
+    found = []
+    for i, record in enumerate(records):
+        first, last = record.span
+        step = round(record.step * 3600)
+        begin = (first // 3600 + 1) * 3600 + step
+        ends = np.arange(begin, last - (windows - 1) * step + 1, every * 3600)
+        found.append(np.stack([np.full(len(ends), i), ends], -1))
+    out = np.concatenate(found)
+    if not len(out):
+        raise EmptyWindowError(f"no record is as long as {windows} windows of {records[0].step:g} h; shorten the chain")
+    return out
+
+
+def dataset(records: tuple[Record, ...], stage: StageConfig, *, every: int, seed: int) -> grain.IterDataset:
+    """Endless, shuffled, resumable batches of chains, thinned anew each time."""
+    first = starts(records, stage.cycles + stage.leads, every)
+    data = grain.MapDataset.source(_Rows(first)).seed(seed).shuffle().repeat().random_map(_Sample(records, stage))
+    return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)).batch(stage.batch)
+
+
+class _Rows:
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> np.ndarray:
+        return self.rows[i]
+
+
+def shown(rng: Any, tokens: Mapping[str, Tokens], cfg: WorldConfig, stage: StageConfig) -> dict[str, Any]:
+    """{sensor: [W, N]} which reports the analyses may read: hidden sensors none, the last window a share."""
+    names = [s.sensor for s in cfg.sensors]
+    keys = jax.random.split(rng, 2 + len(names))
+    hidden = jax.random.bernoulli(keys[0], stage.hide, (len(names),))
+    spared = jax.random.randint(keys[1], (), 0, len(names))
+    hidden = hidden & (jnp.arange(len(names)) != spared)
+    out = {}
+    for i, name in enumerate(names):
+        shape = (stage.cycles, tokens[name].age.shape[-1])
+        last = jax.random.bernoulli(keys[2 + i], stage.keep, shape[1:])
+        keep = jnp.ones(shape, bool).at[-1].set(last)
+        out[name] = keep & ~hidden[i]
+    return out
+
+
+def run(
+    params: Params, tokens: Mapping[str, Tokens], time: Any, given: Mapping[str, Any], *, cfg: WorldConfig, cycles: int,
+    leads: int, remat: bool = False,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """One chain.
+
+    Returns:
+      (readings before each analysis {sensor: [cycles, N, V] pairs}, readings of the last analysis, readings of each
+      forecast window {sensor: [leads, N, V] pairs}, the last analysis [M, D]).
+    """
+    net, anchors = params.network, params.fitted.anchors
+
+    def cycle(h, x):
+        t, end, g = x
+        h = network.step(net, h, anchors, end, cfg=cfg.network)
+        before = model._read(params, h, t, end, cfg=cfg)
+        h = network.analyse(
+            net, h, anchors, t, g, {k: jax.lax.stop_gradient(v[0]) for k, v in before.items()}, end, cfg=cfg.network,
+            field=cfg.field, sensors=cfg.sensors, step=cfg.step,
+        )  # fmt: skip
+        return h, before
+
+    def forecast(h, x):
+        t, end = x
+        h = network.step(net, h, anchors, end, cfg=cfg.network)
+        return h, model._read(params, h, t, end, cfg=cfg)
+
+    if remat:
+        cycle, forecast = jax.checkpoint(cycle), jax.checkpoint(forecast)
+    first = {k: jax.tree.map(lambda x: x[:cycles], t) for k, t in tokens.items()}
+    h = network.background(net, anchors, time[0])
+    h, before = jax.lax.scan(cycle, h, (first, time[:cycles], given))
+    at = {k: jax.tree.map(lambda x: x[cycles - 1], t) for k, t in tokens.items()}
+    now = model._read(params, h, at, time[cycles - 1], cfg=cfg)
+    after = None
+    if leads:
+        rest = {k: jax.tree.map(lambda x: x[cycles:], t) for k, t in tokens.items()}
+        _, after = jax.lax.scan(forecast, h, (rest, time[cycles:]))
+    return before, now, after, h
+
+
+def loss(
+    net: Any, batch: Mapping[str, Any], rng: Any, *, fitted: Fitted, cfg: WorldConfig, stage: StageConfig
+) -> tuple[Any, Any]:
+    """Squared error of the mean in standard deviations, and a quarter of the Gaussian likelihood of the spread about
+    it (whose gradient stops at the mean): {objective per sensor and kind}, metrics.
+    """
+    params = Params(fitted, net)
+    samples = batch["time"].shape[0]
+    keys = jax.random.split(rng, samples)
+    totals: dict[str, list[Mean]] = {}
+    metrics: dict[str, list[Mean]] = {}
+
+    def one(tokens, time, key):
+        given = shown(key, tokens, cfg, stage)
+        before, now, after, _ = run(
+            params, tokens, time, given, cfg=cfg, cycles=stage.cycles, leads=stage.leads, remat=stage.remat
+        )
+        return given, before, now, after
+
+    given, before, now, after = jax.vmap(one)(batch["tokens"], batch["time"], keys)
+    for s in cfg.sensors:
+        t, name = batch["tokens"][s.sensor], s.sensor
+        c = stage.cycles
+        parts = []
+        if c > 1:
+            parts.append(("before", tuple(x[:, 1:] for x in before[name]), t.value[:, 1:c], t.mask[:, 1:c]))
+        hidden = t.mask[:, c - 1] & ~given[name][:, -1][..., None]
+        parts.append(("hidden", now[name], t.value[:, c - 1], hidden))
+        if stage.leads:
+            parts.append(("after", after[name], t.value[:, c:], t.mask[:, c:]))
+        for kind, (mean, log_spread), value, mask in parts:
+            error = jnp.where(mask, jnp.clip(value, -10.0, 10.0) - mean, 0.0)
+            sd = jnp.clip(log_spread, -4.0, 3.0)
+            nll = sd + 0.5 * jax.lax.stop_gradient(error) ** 2 * jnp.exp(-2 * sd)
+            weight = s.weight * mask
+            totals.setdefault(kind, []).append(Mean(jnp.sum(weight * (error**2 + 0.25 * nll)), jnp.sum(weight)))
+            metrics[f"{kind}/{name}"] = [Mean(jnp.sum(mask * error**2), jnp.sum(mask))]
+        if stage.leads:
+            _, (mean, _), value, mask = parts[-1]
+            error = jnp.where(mask, value - mean, 0.0) ** 2
+            for lead in range(stage.leads):
+                metrics[f"lead{lead + 1}/{name}"] = [Mean(jnp.sum(error[:, lead]), jnp.sum(mask[:, lead]))]
+    # every sensor counts by its weight, not by its number of reports
+    objective = {}
+    for kind, found in totals.items():
+        for s, m in zip(cfg.sensors, found, strict=True):
+            objective[f"{kind}_{s.sensor}"] = Mean(m.total * s.weight / len(cfg.sensors), m.weight)
+    return objective, {k: v[0] for k, v in metrics.items()}
+
+
+def train(
+    records: tuple[Record, ...], fitted: Fitted, cfg: WorldConfig, tcfg: TrainConfig, directory: str | pathlib.Path, *,
+    start: Any = None, progress: bool = True,
+) -> Params:  # fmt: skip
+    """Trains through every stage, each resumable from its own directory below `directory`."""
+    specs = network.network_specs(cfg.network, cfg.sensors, int(np.shape(fitted.anchors.statics)[-1]))
+    net = init(jax.random.key(tcfg.seed), specs) if start is None else start
+    for number, stage in enumerate(tcfg.stages):
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, stage.learning_rate, min(stage.warmup, stage.steps // 4 + 1), max(stage.steps, 2),
+            0.02 * stage.learning_rate,
+        )  # fmt: skip
+        mask = functools.partial(jax.tree.map, lambda x: x.ndim >= 2)
+        optimizer = optax.adamw(schedule, b2=0.99, weight_decay=stage.weight_decay, mask=mask)
+        state = training.init_state(net, optimizer, jax.random.key(tcfg.seed + 7), ema=True)
+        step = training.make_train_step(
+            functools.partial(loss, fitted=fitted, cfg=cfg, stage=stage), optimizer, clip_norm=1.0, ema_decay=tcfg.ema
+        )
+        data = dataset(records, stage, every=tcfg.starts, seed=tcfg.seed * 10 + number)
+        state = training.fit(
+            step, state, iter(data), steps=stage.steps, directory=pathlib.Path(directory) / stage.name,
+            config={"model": cfg, "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
+            log_every=tcfg.log_every, progress=progress, description=stage.name,
+        )  # fmt: skip
+        net = state.ema_params
+    return Params(fitted, net)
