@@ -132,7 +132,7 @@ class Record:
         return out
 
     def _tokens(self, p: dict[str, Any], rows: np.ndarray, n: int, end: int) -> Tokens:
-        def pad(x: np.ndarray, fill: float = 0.0) -> np.ndarray:
+        def pad(x: np.ndarray, fill: Any = 0) -> np.ndarray:
             return np.concatenate([x, np.full((n - len(rows), *x.shape[1:]), fill, x.dtype)])
 
         value = p["value"][rows]

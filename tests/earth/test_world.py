@@ -1,0 +1,466 @@
+"""The global model: normals, windows, symmetries of the field, and what must and must not influence it.
+
+The atmosphere here is a formula, waves that travel east over a mean state: cheap, and known everywhere.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import sph_harm_y
+
+from earth import geometry
+from earth.neighbours import nearest
+from earth.observations import EmptyWindowError, ObservationError, Reports
+from earth.world import climate as normals
+from earth.world import field, model, network, records, train
+from earth.world.climate import fit_climate, harmonics
+from earth.world.field import FieldConfig, make_anchors
+from earth.world.model import Params, WorldConfig
+from earth.world.network import NetworkConfig
+from earth.world.records import Record, SensorConfig
+from earth.world.train import StageConfig, TrainConfig
+from moe import training
+from moe.params import init
+
+DAYS = 12
+START = int(np.datetime64("2001-01-01", "s").astype(int))
+CHANNELS = (5, 7)
+CFG = WorldConfig(
+    sensors=(
+        SensorConfig("station", ("2m_temperature", "surface_pressure"), 40, fixed=True),
+        SensorConfig("radiosonde", ("temperature", "u_component_of_wind"), 60),
+        SensorConfig("amsua", tuple(f"brightness_temperature:{c}" for c in CHANNELS), 50),
+    ),
+    field=FieldConfig(anchors=48, neighbours=4, reach=6),
+    network=NetworkConfig(width=16, heads=4, key=4, dynamics_layers=1, heights=(500.0, 3000.0, 8000.0, 15000.0)),
+    step=6.0,
+)
+
+
+def temperature(latitude, longitude, height, time):
+    """K: colder poleward and upward, and a wave 3 that goes around in 12 days."""
+    lat, lon = np.deg2rad(latitude), np.deg2rad(longitude)
+    phase = 3 * (lon - 2 * np.pi * (time - START) / (DAYS * 86400.0))
+    return 288 - 30 * np.sin(lat) ** 2 - 0.006 * np.minimum(height, 11000) + 5 * np.cos(lat) ** 2 * np.cos(phase)
+
+
+def wind(latitude, longitude, time):
+    lat, lon = np.deg2rad(latitude), np.deg2rad(longitude)
+    phase = 3 * (lon - 2 * np.pi * (time - START) / (DAYS * 86400.0))
+    return 20 * np.cos(lat) + 6 * np.cos(lat) ** 2 * np.sin(phase)
+
+
+def sphere(rng, n):
+    return np.rad2deg(np.arcsin(rng.uniform(-1, 1, n))), rng.uniform(-180, 180, n)
+
+
+def ordered(sensor, variables, platforms, platform, time, columns, values, **extra):
+    order = np.lexsort((time, platform))
+    latitude, longitude, height = (c[order] for c in columns)
+    extra = {k: v[order] for k, v in extra.items()}
+    return Reports(
+        sensor, variables, platforms, platform[order].astype(np.int32), time[order], latitude, longitude, height,
+        np.stack(values, -1)[order], **extra,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports():
+    rng = np.random.default_rng(0)
+    n = 30
+    lat, lon = sphere(rng, n)
+    z = rng.uniform(0, 500, n)
+    bias = rng.normal(0, 2, n)
+    hours = np.arange(0, DAYS * 24, 3)
+    owner, hour = (a.ravel() for a in np.meshgrid(np.arange(n), hours, indexing="ij"))
+    time = START + hour * 3600
+    t = temperature(lat[owner], lon[owner], z[owner], time) + bias[owner] + rng.normal(0, 0.3, len(time))
+    wave = 0.002 * (temperature(lat[owner], lon[owner], 0.0, time) - 273.0)
+    p = 101_325 * geometry.standard_pressure_ratio(z[owner]) * (1 + wave)
+    t[rng.random(len(t)) < 0.05] = np.nan
+    out = {
+        "station": ordered(
+            "station", ("2m_temperature", "surface_pressure"), tuple(f"S{i}" for i in range(n)), owner, time,
+            (lat[owner], lon[owner], z[owner]), (t, p + rng.normal(0, 30, len(p))),
+        )
+    }  # fmt: skip
+    count = 40 * DAYS
+    lat, lon = sphere(rng, count)
+    time = START + rng.integers(0, DAYS * 86400, count)
+    pressure = rng.uniform(1.5e4, 1e5, count)
+    z = geometry.standard_height(pressure)
+    out["radiosonde"] = ordered(
+        "radiosonde", CFG.sensors[1].variables, ("R",), np.zeros(count), time, (lat, lon, np.full(count, np.nan)),
+        (temperature(lat, lon, z, time) + rng.normal(0, 0.3, count), wind(lat, lon, time) + rng.normal(0, 0.5, count)),
+        pressure=pressure,
+    )  # fmt: skip
+    count = 60 * DAYS
+    lat, lon = sphere(rng, count)
+    time, view = START + rng.integers(0, DAYS * 86400, count), rng.uniform(-48, 48, count)
+    seen = [temperature(lat, lon, h, time) - 0.002 * view**2 + rng.normal(0, 0.2, count) for h in (6000.0, 10000.0)]
+    out["amsua"] = ordered(
+        "amsua", CFG.sensors[2].variables, ("M",), np.zeros(count), time, (lat, lon, 0 * lat), seen, view_angle=view
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def fitted(reports):
+    return model.fit(reports, CFG)
+
+
+@pytest.fixture(scope="module")
+def record(reports, fitted):
+    return Record(reports, CFG.sensors, CFG.field, fitted.anchors, fitted.normals, CFG.step)
+
+
+@pytest.fixture(scope="module")
+def params(fitted):
+    specs = network.network_specs(CFG.network, CFG.sensors, 0)
+    net = init(jax.random.key(0), specs)
+    # Outputs start small: enlarged, so that the tests see the whole network.
+    return Params(fitted, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), net))
+
+
+END = START + 5 * 86400
+TIME = model.window_end(END)
+
+
+@pytest.fixture(scope="module")
+def window(record):
+    return record.window(END, np.random.default_rng(1))
+
+
+ASSIMILATE = jax.jit(functools.partial(model.assimilate, cfg=CFG))
+READ = jax.jit(functools.partial(model.read, cfg=CFG))
+ADVANCE = jax.jit(functools.partial(model.advance, cfg=CFG), static_argnums=2)
+
+
+def at(latitude, longitude, height, *, cfg=CFG, anchors, age=0.0, view=0.0):
+    """Queries at points."""
+    shape = np.shape(latitude)
+    full = [np.broadcast_to(np.float32(x), shape) for x in (latitude, longitude, height, view, age)]
+    place = records.host_place(cfg.field, *full[:3])
+    near = nearest(place.astype(np.float32), np.asarray(anchors.place), cfg.field.neighbours)
+    v = np.zeros((*shape, 2), np.float32)
+    return records.Tokens(v, v > 0, v + 1, full[4], *full[:4], near)
+
+
+# --- normals
+
+
+def test_harmonics_are_scipy_s():
+    rng = np.random.default_rng(3)
+    lat, lon = sphere(rng, 50)
+    got = np.asarray(harmonics(np.float32(lat), np.float32(lon), 6), np.float64)
+    place = 0
+    for n in range(7):
+        for m in range(n + 1):
+            y = sph_harm_y(n, m, np.deg2rad(90 - lat), np.deg2rad(lon)) * np.sqrt(4 * np.pi)
+            if m == 0:
+                np.testing.assert_allclose(got[:, place], y.real, atol=2e-5)
+                place += 1
+                continue
+            sign = (-1) ** m * np.sqrt(2)  # scipy's phase of Condon and Shortley
+            np.testing.assert_allclose(got[:, place], sign * y.real, atol=2e-5)
+            np.testing.assert_allclose(got[:, place + 1], sign * y.imag, atol=2e-5)
+            place += 2
+    assert place == got.shape[1]
+
+
+def test_a_normal_finds_the_mean_state_and_the_deviation(reports, fitted):
+    r = records.select(reports, CFG.sensors[1])
+    mean, sd = normals.climate(
+        fitted.normals["radiosonde"],
+        *(np.float32(x) for x in (r.latitude, r.longitude, r.height, 0 * r.height)),
+        geometry.seconds(r.times),
+    )
+    lat = np.deg2rad(r.latitude)
+    known = 288 - 30 * np.sin(lat) ** 2 - 0.006 * np.minimum(r.height, 11000)
+    assert np.abs(np.asarray(mean)[:, 0] - known).mean() < 1.5
+    wave = 5 * np.cos(lat) ** 2 / np.sqrt(2)
+    tropics, polar = np.abs(r.latitude) < 20, np.abs(r.latitude) > 60
+    assert np.asarray(sd)[tropics, 0].mean() > 1.5 * np.asarray(sd)[polar, 0].mean()
+    assert abs(np.asarray(sd)[tropics, 0].mean() / wave[tropics].mean() - 1) < 0.35
+    for z, _ in normals.standardise(fitted.normals, {"radiosonde": r}).values():
+        np.testing.assert_allclose(np.nanmean(z**2, 0), 1.0, atol=0.02)
+
+
+def test_fixed_platforms_keep_their_bias_and_a_limb_is_no_weather(reports, fitted):
+    r = reports["station"]
+    z, _ = normals.standardise(fitted.normals, {"station": r})["station"]
+    for platform in range(30):
+        own = z[r.platform == platform, 0]
+        assert abs(np.nanmean(own)) < 0.4, "2 K of bias are gone"
+    r = reports["amsua"]
+    z, _ = normals.standardise(fitted.normals, {"amsua": r})["amsua"]
+    edge = np.abs(r.view_angle) > 40
+    assert np.abs(z[edge].mean(0)).max() < 0.35  # 4 K of limb, where the weather's deviation is 3 K
+    gone = dataclasses.replace(reports["station"], values=reports["station"].values * [1, np.nan])
+    with pytest.raises(EmptyWindowError, match="no value of 'surface_pressure'"):
+        fit_climate(gone, sites=True)
+
+
+# --- windows
+
+
+def test_windows_hold_what_was_reported_and_nothing_of_the_future(record, reports):
+    rng = np.random.default_rng(0)
+    for end in START + rng.integers(86400, DAYS * 86400, 10):
+        got = record.window(int(end), rng, tokens={"station": 400, "radiosonde": 400, "amsua": 400})
+        for name, t in got.items():
+            there = t.mask.any(-1)
+            assert (t.age[there] >= 0).all()
+            assert (t.age[there] < CFG.step).all()
+            r = reports[name]
+            inside = (r.time > end - CFG.step * 3600) & (r.time <= end)
+            assert there.sum() == np.isfinite(r.values[inside]).any(-1).sum()
+    with pytest.raises(ObservationError, match="no reports of sensor 'radiosonde'"):
+        records.select({"station": reports["station"]}, CFG.sensors[1])
+
+
+def test_the_place_of_a_point_is_the_same_on_host_and_device():
+    lat, lon = sphere(np.random.default_rng(5), 40)
+    for cfg in (CFG.field, FieldConfig(20, (0.0, 5000.0), vertical_km=5.0, neighbours=4, reach=4)):
+        z = np.linspace(0, 9000, 40)
+        device = field.place(cfg, *(jnp.asarray(x, jnp.float32) for x in (lat, lon, z)))
+        np.testing.assert_allclose(records.host_place(cfg, lat, lon, z), device, atol=2e-6)
+        anchors = make_anchors(cfg)
+        assert anchors.place.shape == (cfg.count, 4)
+        np.testing.assert_allclose(
+            np.einsum("mcp,mdp->mcd", anchors.frame, anchors.frame)[:, :2, :2],
+            np.eye(2)[None].repeat(cfg.count, 0),
+            atol=1e-6,
+        )
+
+
+# --- the field
+
+
+def test_a_point_is_read_alike_however_many_others_are(params, window):
+    """No grid hides anywhere: 1x, 4x and 16x as many points agree where they share one."""
+    state = ASSIMILATE(params, None, window, TIME)
+    anchors = params.fitted.anchors
+    rng = np.random.default_rng(7)
+    lat, lon = sphere(rng, 16 * 8)
+    z = rng.uniform(0, 15000, 128)
+    found = []
+    for count in (8, 32, 128):
+        t = at(lat[:count], lon[:count], z[:count], anchors=anchors)
+        found.append([READ(params, state, {name: t})[name][0][:8] for name in ("station", "radiosonde", "amsua")])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert np.std(found[0][1]) > 0.01
+
+
+def test_the_field_is_continuous_along_a_path(params, window):
+    """Neighbours change on the way; the steps shrink with the distance between points all the same."""
+    state = ASSIMILATE(params, None, window, TIME)
+    jumps = []
+    for count in (400, 4000):
+        lat, lon = np.linspace(10, 40, count), np.linspace(-20, 90, count)
+        t = at(lat, lon, np.linspace(0, 9000, count), anchors=params.fitted.anchors)
+        jumps.append(float(jnp.abs(jnp.diff(READ(params, state, {"radiosonde": t})["radiosonde"][0], axis=0)).max()))
+    assert jumps[1] < 0.2 * jumps[0]
+
+
+def test_moving_a_report_moves_the_field_smoothly(params, window):
+    t = at(*sphere(np.random.default_rng(8), 60), 2000.0, anchors=params.fitted.anchors)
+
+    def after(km):
+        station = window["station"]
+        lat = np.array(station.latitude)
+        lat[3] += km / 111.2
+        place = records.host_place(CFG.field, lat, station.longitude, station.height).astype(np.float32)
+        near = nearest(place, np.asarray(params.fitted.anchors.place), CFG.field.neighbours)
+        moved = {**window, "station": station.replace(latitude=lat, near=near)}
+        return READ(params, ASSIMILATE(params, None, moved, TIME), {"radiosonde": t})["radiosonde"][0]
+
+    still, one, two = after(0.0), after(20.0), after(40.0)
+    first, second = float(jnp.abs(one - still).max()), float(jnp.abs(two - still).max())
+    assert 0 < first < 0.05
+    assert 1.5 < second / first < 2.5
+
+
+def test_turning_the_whole_scene_about_the_pole_turns_the_field(params, window):
+    """Anchors, reports, queries and sun together: nothing else knows where Greenwich is."""
+    turn = 75.0
+    later = TIME - np.int32(turn / 15 * 3600)  # the sun stands over the turned meridian earlier
+    cfg = CFG
+    base = params.fitted.anchors
+    lon = (np.asarray(base.longitude) + turn + 180) % 360 - 180
+    place = jnp.asarray(
+        records.host_place(cfg.field, np.asarray(base.latitude), lon, np.asarray(base.height)), jnp.float32
+    )
+    frame = jnp.concatenate([_turn(base.frame[..., :2], turn), base.frame[..., 2:]], -1)
+    turned = dataclasses.replace(base, longitude=jnp.asarray(lon), place=place, frame=frame)
+    other = params.replace(fitted=params.fitted.replace(anchors=turned))
+
+    def rotate(t):
+        longitude = (np.asarray(t.longitude) + turn + 180) % 360 - 180
+        return t.replace(longitude=longitude.astype(np.float32))
+
+    lat, lon = sphere(np.random.default_rng(9), 50)
+    query = at(lat, lon, 3000.0, anchors=base)
+    want = READ(params, ADVANCE(params, ASSIMILATE(params, None, window, TIME), 2), {"radiosonde": query})
+    scene = {k: rotate(t) for k, t in window.items()}
+    got = READ(other, ADVANCE(other, ASSIMILATE(other, None, scene, later), 2), {"radiosonde": rotate(query)})
+    np.testing.assert_allclose(got["radiosonde"][0], want["radiosonde"][0], atol=2e-4)
+    unturned = READ(other, ADVANCE(other, ASSIMILATE(other, None, window, later), 2), {"radiosonde": rotate(query)})
+    assert float(jnp.abs(unturned["radiosonde"][0] - want["radiosonde"][0]).max()) > 0.01
+
+
+def _turn(xy, degrees):
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    return xy @ jnp.asarray([[c, s], [-s, c]], jnp.float32)
+
+
+# --- what counts
+
+
+def test_order_padding_and_hidden_reports_do_not_matter(params, window):
+    want = ASSIMILATE(params, None, window, TIME).latent
+    rng = np.random.default_rng(4)
+    shuffled = {}
+    for name, t in window.items():
+        order = rng.permutation(len(t.age))
+        shuffled[name] = jax.tree.map(lambda x, order=order: np.asarray(x)[order], t)
+    np.testing.assert_allclose(ASSIMILATE(params, None, shuffled, TIME).latent, want, atol=2e-5)
+
+    rubbish, given = {}, {}
+    for name, t in window.items():
+        keep = np.arange(len(t.age)) % 3 > 0
+        given[name] = keep & t.mask.any(-1)
+        value = np.where(t.mask & keep[:, None], t.value, np.float32(1e6))
+        rubbish[name] = t.replace(value=value)
+    hidden = jax.jit(functools.partial(model.assimilate, cfg=CFG))
+    a = hidden(params, None, window, TIME, given=given).latent
+    b = hidden(params, None, rubbish, TIME, given=given).latent
+    np.testing.assert_array_equal(a, b)
+    assert float(jnp.abs(a - want).max()) > 1e-3
+
+
+def test_every_sensor_moves_the_field_and_near_more_than_far(params, window):
+    base = ASSIMILATE(params, None, window, TIME).latent
+    for name, t in window.items():
+        first = int(np.argmax(t.mask.any(-1)))
+        value = np.array(t.value)
+        value[first] += 1.0
+        moved = ASSIMILATE(params, None, {**window, name: t.replace(value=value)}, TIME).latent
+        change = np.abs(np.asarray(moved - base)).max(-1)
+        anchors = params.fitted.anchors
+        far = np.asarray(geometry.distance_km(
+            t.latitude[first : first + 1], t.longitude[first : first + 1], anchors.latitude, anchors.longitude
+        ))[0]  # fmt: skip
+        order = np.argsort(far)
+        assert change[order[:6]].max() > 1e-4, name
+        assert change[order[:6]].max() > 5 * change[order[-12:]].max(), name
+
+
+def test_advancing_in_one_go_or_two_is_the_same(params, window):
+    state = ASSIMILATE(params, None, window, TIME)
+    once, twice = ADVANCE(params, state, 3), ADVANCE(params, ADVANCE(params, state, 1), 2)
+    np.testing.assert_allclose(once.latent, twice.latent, atol=1e-5)
+    assert int(once.time) == int(TIME) + 18 * 3600
+
+
+# --- radiometers
+
+
+def test_weights_over_height_are_normalised_peak_where_told_and_rise_with_the_view(params):
+    unseen = SensorConfig("amsua", tuple(f"brightness_temperature:{c}" for c in range(4, 11)), 10)
+    fresh = init(jax.random.key(1), network.network_specs(CFG.network, CFG.sensors, 0)).senses["amsua"]
+    cfg = NetworkConfig()
+    w = np.asarray(network.weighting(fresh, unseen, jnp.asarray([0.0, 30.0]), cfg=cfg))
+    assert w.shape == (2, 7, len(cfg.heights))
+    np.testing.assert_allclose(w.sum(-1), 1.0, atol=1e-5)
+    centre = (w[0] * np.asarray(cfg.heights)).sum(-1)
+    assert (np.diff(centre) > 0).all(), "channels 4 to 10 peak ever higher: also those that no training saw"
+
+
+def test_an_unseen_channel_is_read(params, window):
+    more = dataclasses.replace(
+        CFG, sensors=(*CFG.sensors[:2], SensorConfig("amsua", ("brightness_temperature:6",), 50))
+    )
+    state = ASSIMILATE(params, None, window, TIME)
+    query = at(*sphere(np.random.default_rng(2), 12), 0.0, anchors=params.fitted.anchors)
+    query = query.replace(deviation=np.ones((12, 1), np.float32))
+    mean, spread = model.read(params, state, {"amsua": query}, cfg=more)["amsua"]
+    assert mean.shape == spread.shape == (12, 1)
+    assert np.isfinite(mean).all()
+
+
+# --- training
+
+
+STAGE = StageConfig("run", 60, cycles=2, leads=2, learning_rate=5e-3, warmup=10, batch=2, hide=0.2)
+
+
+@pytest.fixture(scope="module")
+def trained(record, fitted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tcfg = TrainConfig((STAGE,), ema=0.9, checkpoint_every=30, log_every=10)
+    return tcfg, folder, train.train((record,), fitted, CFG, tcfg, folder, progress=False)
+
+
+def test_training_beats_the_climate_at_every_sensor(record, fitted, trained):
+    _, folder, params = trained
+    rows = training.read_metrics(folder / "run" / "metrics.jsonl")
+    first, last = rows[0], rows[-1]
+    for name in ("station", "radiosonde", "amsua"):
+        assert last[f"after/{name}"] < 0.75 * first[f"after/{name}"], name
+    # and the spread says how much is left
+    w = record.window(END, np.random.default_rng(1))
+    state = ADVANCE(
+        params, ASSIMILATE(params, None, record.window(END - 21600, np.random.default_rng(2)), TIME - 21600), 1
+    )
+    for name, (mean, log_spread) in READ(params, state, w).items():
+        error = np.where(w[name].mask, w[name].value - mean, 0.0)
+        z = np.sqrt((error**2)[w[name].mask].mean() / np.exp(2 * np.asarray(log_spread))[w[name].mask].mean())
+        assert 0.4 < z < 2.5, name
+
+
+def test_training_again_changes_nothing(record, fitted, trained):
+    tcfg, folder, params = trained
+    again = train.train((record,), fitted, CFG, tcfg, folder, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again.network, params.network)
+
+
+def test_hidden_reports_are_hidden(record):
+    tokens = train.chain(record, END, 4, np.random.default_rng(0))["tokens"]
+    hidden = 0
+    for seed in range(20):
+        given = train.shown(jax.random.key(seed), tokens, CFG, dataclasses.replace(STAGE, hide=0.5, keep=0.7))
+        gone = [name for name, g in given.items() if not np.asarray(g).any()]
+        hidden += len(gone)
+        assert len(gone) < 3, "one sensor at least is shown"
+        for name, g in given.items():
+            if name not in gone:
+                assert np.asarray(g[0]).all()
+                assert 0.3 < np.asarray(g[-1]).mean() < 0.95
+    assert 10 < hidden < 45
+
+
+def test_bad_configs_are_named():
+    with pytest.raises(ValueError, match="each once"):
+        WorldConfig((CFG.sensors[0], CFG.sensors[0]))
+    with pytest.raises(ValueError, match="vertical_km"):
+        FieldConfig(20, (0.0, 1000.0))
+    with pytest.raises(ValueError, match="neighbours 80"):
+        FieldConfig(20, neighbours=80)
+    with pytest.raises(ValueError, match="multiple of heads"):
+        NetworkConfig(width=10, heads=4)
+    with pytest.raises(ValueError, match="cycles 0"):
+        StageConfig("x", 1, cycles=0)
+    with pytest.raises(ValueError, match="sensor 'buoy' is not among"):
+        CFG.sensor("buoy")
+
+
+def test_a_record_shorter_than_a_chain_is_an_error(record):
+    with pytest.raises(EmptyWindowError, match="as long as 100 windows"):
+        train.starts((record,), 100, 1)
