@@ -191,7 +191,7 @@ def test_scores_are_plain_root_mean_squares_and_count_what_is_missing(wanted):
     assert (table.loc[table["model"] == "good", "n_unforecast"] == 0).all()
 
 
-def blocky(days=150, seed=0):
+def blocky(days=60, seed=0):
     """Targets at one place whose forecast errors are one draw a day, so that forecasts within a day are no news."""
     rng = np.random.default_rng(seed)
     init = np.datetime64("2000-01-01", "ns") + np.arange(4 * days) * np.timedelta64(6, "h")
@@ -208,8 +208,10 @@ def test_intervals_cover_the_true_error_when_errors_come_in_blocks():
         for hours in inside:
             row: Any = score(wanted, {"m": error}, block_hours=hours, draws=200).iloc[0]
             inside[hours] += row.rmse_lo <= 1.0 <= row.rmse_hi
-    assert 80 <= inside[24] <= 97  # of 100, nominal 90
-    assert inside[6] < 75  # drawing single forecasts is over-confident
+    assert (
+        76 <= inside[24] <= 95
+    )  # of 100, nominal 90; plain numpy has 85: percentiles of skewed sums are a little narrow
+    assert inside[6] < 65  # drawing single forecasts is over-confident
 
 
 def test_ratios_use_common_rows_and_the_best_baseline(wanted):
