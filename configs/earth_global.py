@@ -9,7 +9,7 @@ from earth.world.field import FieldConfig
 from earth.world.model import WorldConfig
 from earth.world.network import NetworkConfig
 from earth.world.records import SensorConfig
-from earth.world.train import StageConfig, TrainConfig
+from earth.world.training import StageConfig, TrainConfig
 
 _TB = "brightness_temperature"
 _SURFACE = (

@@ -1,0 +1,147 @@
+"""Forecasts of the global model at any points: a chain of analyses to the initial time, then the dynamics.
+
+    analysis = analyse(params, record, init, cycles=4, cfg=cfg)
+    frame["prediction"], frame["spread"] = forecast(params, record, frame, cycles=4, cfg=cfg)
+
+`forecast` answers the frames of `earth.osse.verification.targets`, or any with the same columns; `assimilate`,
+`advance` and `observe` of `earth.world.model` are beneath it.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from earth import geometry
+from earth.neighbours import nearest
+from earth.observations import ObservationError
+from earth.world import model
+from earth.world.model import Params, State, WorldConfig
+from earth.world.records import Record, Tokens, host_place
+
+
+def queries(
+    cfg: WorldConfig, anchors: Any, sensor: str, latitude: Any, longitude: Any, height: Any, *, view_angle: Any = 0.0,
+    age: Any = 0.0,
+) -> Tokens:  # fmt: skip
+    """Points to read a sensor at, with their nearest anchors.
+
+    Args:
+      anchors: `params.fitted.anchors`. latitude, longitude: degrees [Q]; height: m; view_angle: degrees from nadir.
+      age: hours before the time of the state, within [0, step).
+
+    Raises:
+      ObservationError: a coordinate that is not finite, or an age outside the window.
+    """
+    shape = np.shape(latitude)
+    parts = [np.broadcast_to(np.float32(x), shape) for x in (latitude, longitude, height, view_angle, age)]
+    for name, x in zip(("latitude", "longitude", "height", "view_angle", "age"), parts, strict=True):
+        bad = ~np.isfinite(x)
+        if bad.any():
+            raise ObservationError(f"{name} of query {int(bad.argmax())} is {x[bad][0]}; drop it or give a number")
+    lat, lon, z, view, old = parts
+    outside = (old < 0) | (old >= cfg.step)
+    if outside.any():
+        raise ObservationError(
+            f"an age of {old[outside][0]} h lies outside [0, {cfg.step}): advance the state to the window the query "
+            "belongs to"
+        )
+    width = len(cfg.sensor(sensor).variables)
+    empty = np.zeros((*shape, width), np.float32)
+    near = nearest(host_place(cfg.field, lat, lon, z), np.asarray(anchors.place, np.float64), cfg.field.neighbours)
+    return Tokens(empty, empty > 0, empty + 1, old, lat, lon, z, view, near)
+
+
+@functools.cache
+def _jitted(cfg: WorldConfig) -> tuple[Any, Any, Any]:
+    return (
+        jax.jit(functools.partial(model.assimilate, cfg=cfg)),
+        jax.jit(functools.partial(model.advance, cfg=cfg), static_argnums=2),
+        jax.jit(functools.partial(model.observe, cfg=cfg), static_argnums=2),
+    )
+
+
+def analyse(
+    params: Params, record: Record, init: Any, *, cycles: int, cfg: WorldConfig,
+    tokens: Mapping[str, int] | None = None, given: Mapping[str, bool] | None = None, state: State | None = None,
+    seed: int = 0,
+) -> State:  # fmt: skip
+    """The analysis at `init` (datetime64) from the last `cycles` windows of a record, each with a first guess.
+
+    Args:
+      tokens: reports of a window by sensor, where more than the config's are to be read.
+      given: sensors that may be read; all by default.
+      state: an analysis `cycles` steps earlier to go on from; None starts from nothing.
+    """
+    assimilate, advance, _ = _jitted(cfg)
+    end = int(np.datetime64(init, "s").astype(np.int64))
+    step = round(cfg.step * 3600)
+    rng = np.random.default_rng([seed, end % 2**32])
+    for k in reversed(range(cycles)):
+        window = record.window(end - k * step, rng, tokens=tokens)
+        time = model.window_end(end - k * step)
+        if state is None:
+            start = State(time - np.int32(step), model.network.background(params.network, params.fitted.anchors, time))
+            state = start
+        shown = {name: np.full(np.shape(t.age), given is None or given.get(name, True)) for name, t in window.items()}
+        state = assimilate(params, advance(params, state, 1), window, time, given=shown)
+    assert state is not None
+    return state
+
+
+def forecast(
+    params: Params, record: Record, wanted: pd.DataFrame, *, cycles: int, cfg: WorldConfig,
+    sensors: Mapping[str, str] | None = None, tokens: Mapping[str, int] | None = None,
+    given: Mapping[str, bool] | None = None, progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(prediction, standard deviation) [n], SI, of every row of a frame; NaN for variables the model does not have.
+
+    Args:
+      record: reports that may be read; none after an initial time is.
+      wanted: columns init_time, valid_time, group, variable, latitude, longitude, height, pressure (NaN where the
+        height counts).
+      sensors: which sensor answers for a group; the group's own name by default.
+    """
+    from tqdm import tqdm
+
+    _, advance, observe = _jitted(cfg)
+    out = np.full((2, len(wanted)), np.nan)
+    height = wanted["height"].to_numpy(float)
+    pressure = wanted["pressure"].to_numpy(float)
+    height = np.where(np.isfinite(pressure), geometry.standard_height(pressure), height)
+    valid = wanted["valid_time"].to_numpy("datetime64[s]")
+    step = np.timedelta64(round(cfg.step * 3600), "s")
+    starts = np.unique(wanted["init_time"].to_numpy("datetime64[s]"))
+    for init in tqdm(starts, desc="forecasts", disable=not progress):
+        state = analyse(params, record, init, cycles=cycles, cfg=cfg, tokens=tokens, given=given)
+        rows = np.flatnonzero(wanted["init_time"].to_numpy("datetime64[s]") == init)
+        ahead = -((init - valid[rows]) // step)  # whole steps that reach the valid time
+        done = 0
+        for count in np.unique(ahead):
+            state = advance(params, state, int(count) - done)
+            done = int(count)
+            now = rows[ahead == count]
+            for group in wanted["group"].iloc[now].unique():
+                name = group if sensors is None else sensors[group]
+                own = now[(wanted["group"].iloc[now] == group).to_numpy()]
+                place = np.stack([wanted["latitude"].to_numpy()[own], wanted["longitude"].to_numpy()[own], height[own]])
+                age = (init + done * step - valid[own]) / np.timedelta64(3600, "s")
+                points, back = np.unique(np.concatenate([place, age[None]]).T, axis=0, return_inverse=True)
+                padded = _pad(points)
+                q = queries(cfg, params.fitted.anchors, name, *padded[:, :3].T, age=padded[:, 3])
+                mean, sd = (np.asarray(x) for x in observe(params, state, name, q))
+                columns = {v: i for i, v in enumerate(cfg.sensor(name).variables)}
+                column = np.array([columns.get(v, -1) for v in wanted["variable"].to_numpy()[own]])
+                known = column >= 0
+                out[0, own[known]] = mean[back.ravel()[known], column[known]]
+                out[1, own[known]] = sd[back.ravel()[known], column[known]]
+    return out[0], out[1]
+
+
+def _pad(points: np.ndarray, multiple: int = 128) -> np.ndarray:
+    """To a multiple, so that few sizes are compiled."""
+    extra = -len(points) % multiple
+    return np.concatenate([points, np.repeat(points[-1:], extra, 0)])
