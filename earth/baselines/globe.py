@@ -300,7 +300,7 @@ class Climate:
 
 
 def fit_climate(
-    reports: Reports, *, penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4), seed: int = 0
+    reports: Reports, *, penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6), seed: int = 0
 ) -> Climate:
     """Fits normals, standard deviations and platform offsets to the reports of a training run.
 
@@ -451,6 +451,11 @@ class _Nodes:
     def take(self, rows: Any) -> _Nodes:
         return _Nodes(self.place[rows], self.axis[rows], self.level[rows], self.hours[rows], self.surface[rows])
 
+    def rough(self) -> _Nodes:
+        """In single precision, enough to rank by."""
+        place, axis, level, hours = (x.astype(np.float32) for x in (self.place, self.axis, self.level, self.hours))
+        return _Nodes(place, axis, level, hours, self.surface)
+
 
 def _nodes(points: Points) -> _Nodes:
     lat, lon = np.deg2rad(points.latitude), np.deg2rad(points.longitude)
@@ -477,14 +482,13 @@ def covariance(kernel: Kernel, a: _Nodes, b: _Nodes, wind: bool) -> np.ndarray:
         sine2 = 1.0 - cosine**2
         near = sine2 < 1e-8
         parallel = -_dot(a.axis, b.place) * _dot(b.axis, a.place)
-        # (a x (x_a x x_b)) . (b x (x_a x x_b)) over sin^2, written with the triple products
-        first, second = np.broadcast_arrays(a.place, b.place)
-        normal = np.cross(first, second)
-        across_part = _dot(a.axis, normal) * _dot(b.axis, normal)
+        # Across the line, t = x_a x x_b: (e_a . t)(e_b . t) = -(e_a x x_a . x_b)(e_b x x_b . x_a).
+        turned = np.cross(a.axis, a.place), np.cross(b.axis, b.place)
+        across_part = -_dot(turned[0], b.place) * _dot(turned[1], a.place)
         safe = np.where(near, 1.0, sine2)
         scalar = np.where(near, along * _dot(a.axis, b.axis), (along * parallel + across * across_part) / safe)
     vertical = np.exp(-0.5 * ((a.level - b.level) / kernel.vertical) ** 2)
-    linked = np.where(a.surface == b.surface, 1.0, kernel.link)
+    linked = np.where(a.surface == b.surface, np.float32(1), np.float32(kernel.link))
     return scalar * vertical * np.exp(-np.abs(a.hours - b.hours) / kernel.hours) * linked
 
 
@@ -522,10 +526,11 @@ def interpolate(
     goals = [_nodes(dataclasses.replace(places, quantity=np.full(len(places), part))) for part in parts]
     estimate, error = np.empty((2, len(places), len(parts)))
     count = min(neighbours, len(given))
+    rough, rough_goals = nodes.rough(), goals[0].rough()
     for start in range(0, len(places), 256):
         rows = np.arange(start, min(start + 256, len(places)))
         # Ranked by the scalar correlation: the reports near a place serve u and v alike.
-        rank = covariance(kernel, goals[0].take((rows, None)), nodes.take((None, slice(None))), False)
+        rank = covariance(kernel, rough_goals.take((rows, None)), rough.take((None, slice(None))), False)
         chosen = np.argpartition(-rank, count - 1, axis=1)[:, :count]
         some = nodes.take(chosen)
         left, right = some.take((slice(None), slice(None), None)), some.take((slice(None), None))
@@ -570,7 +575,7 @@ class GlobeConfig:
         Kernel(1500.0, 1.0, 36.0),
     )
     grid: tuple[int, ...] = (16, 24)
-    grid_neighbours: int = 32
+    grid_neighbours: int = 24
     grid_hours: int = 12
     waves: int = 9
     components: tuple[int, ...] = (6, 12, 20, 30)
@@ -769,17 +774,19 @@ class _Standard:
         without: np.ndarray | None = None,
         *,
         neighbours: int | None = None,
+        window: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Standardised anomalies at `moment` at points."""
+        """Standardised anomalies at `moment` at points; `window`: rows and steering winds found before."""
         out = np.zeros(len(wanted))
-        rows = self.window(cfg, moment, without)
+        rows = self.window(cfg, moment, without) if window is None else window[0]
+        wind = self.steering(rows) if window is None else window[1]
         kind = _KIND[self.reports.points.quantity[rows]]
         for index, kernel in enumerate(kernels):
             goals = np.flatnonzero((wanted.quantity >= 0) & (_KIND[wanted.quantity] == index))
             if not len(goals):
                 continue
             own = rows[kind == index]
-            given = self._steered(self.reports.points.take(own), kernel, moment)
+            given = _steered(self.reports.points.take(own), kernel.steering * wind[kind == index], moment)
             values = self.anomaly[own] - kernel.offsets * self.offset[own]
             errors = np.sqrt((kernel.error * self.error[own]) ** 2 + kernel.nugget**2)
             there = dataclasses.replace(wanted.take(goals), hours=np.full(len(goals), moment))
@@ -787,19 +794,22 @@ class _Standard:
             out[goals], _ = interpolate(kernel, given, values, errors, there, neighbours=count)
         return out
 
-    def _steered(self, points: Points, kernel: Kernel, moment: float) -> Points:
-        if not kernel.steering or not len(points):
-            return points
+    def steering(self, rows: np.ndarray) -> np.ndarray:
+        """Normal eastward wind in m/s that carries reports; 0 without winds aloft."""
+        points = self.reports.points.take(rows)
         aloft = dataclasses.replace(
             points,
             quantity=np.ones(len(points), int),
             surface=np.zeros(len(points), bool),
             log_pressure=np.full(len(points), math.log(_STEERING)),
         )
-        wind = self.climate.normal(aloft)
-        metres = kernel.steering * np.nan_to_num(wind) * (moment - points.hours) * 3600
-        degrees = np.rad2deg(metres / (_RADIUS * 1e3 * np.cos(np.deg2rad(np.clip(points.latitude, -80, 80)))))
-        return dataclasses.replace(points, longitude=points.longitude + degrees)
+        return np.nan_to_num(self.climate.normal(aloft))
+
+
+def _steered(points: Points, wind: np.ndarray, moment: float) -> Points:
+    metres = wind * (moment - points.hours) * 3600
+    degrees = np.rad2deg(metres / (_RADIUS * 1e3 * np.cos(np.deg2rad(np.clip(points.latitude, -80, 80)))))
+    return dataclasses.replace(points, longitude=points.longitude + degrees)
 
 
 def _nominal(first: float, last: float, step: int, count: int) -> np.ndarray:
@@ -827,6 +837,8 @@ def _tune(
 ) -> tuple[tuple[Kernel, ...], dict[str, float]]:
     """Coordinate descent over the parameters of the kernels on the error at left-out platforms."""
     cases = [(moment, *_left_out(standard, fold, moment, i % _FOLDS)) for i, moment in enumerate(times)]
+    windows = [standard.window(cfg, moment, platforms) for moment, platforms, _ in cases]
+    windows = [(rows, standard.steering(rows)) for rows in windows]
     kernels = list(cfg.kernels)
     moves = {
         "length_km": (0.7, 1.4),
@@ -848,9 +860,10 @@ def _tune(
         def loss(kernel: Kernel, kind: int = kind) -> float:
             total, count = 0.0, 0
             tried = [*kernels[:kind], kernel, *kernels[kind + 1 :]]
-            for moment, platforms, rows in cases:
+            for (moment, _, rows), window in zip(cases, windows, strict=True):
                 own = rows[_KIND[standard.reports.points.quantity[rows]] == kind]
-                found = standard.analyse(tried, cfg, moment, standard.reports.points.take(own), platforms)
+                there = standard.reports.points.take(own)
+                found = standard.analyse(tried, cfg, moment, there, window=window, neighbours=cfg.neighbours // 2)
                 total += float(((standard.anomaly[own] - found) ** 2).sum())
                 count += len(own)
             return math.sqrt(total / max(count, 1))
