@@ -87,7 +87,7 @@ def full() -> Plan:
         protocol=VerificationConfig(warm_up_hours=240),
         baselines=globe.GlobeConfig(),
         filter=letkf.LetkfConfig(model=model),
-        candidates=({}, {"radius_km": 1000.0}, {"radius_km": 2200.0}, {"relaxation": 0.9}, {"unresolved": 1.5}),
+        candidates=({}, {"radius_km": 1500.0}, {"additive": 0.25}),
         tuning_start=120,
         tuning_days=10,
     )

@@ -16,6 +16,8 @@ Radiances are left out: a fair linear use of them needs their weighting function
   interpolations on a grid, Fourier transformed in longitude; for each zonal wavenumber a complex ridge regression of
   its leading principal components at the lead on those now and 12 h before. Truncation and penalty are chosen on the
   last fifth of the training run.
+- **oi_var**: both, in proportions fitted per quantity, level, band and lead: the interpolation sees what the grid of
+  the vector autoregression is too coarse for, and that knows where things go.
 
 A forecast reads reports up to and including its initial time, and none after it.
 """
@@ -36,7 +38,7 @@ from tqdm import tqdm
 from earth.baselines.panel import BaselineError
 from earth.geometry import standard_pressure
 
-MODELS = ("climatology", "persistence", "oi_persistence", "oi_damped", "var")
+MODELS = ("climatology", "persistence", "oi_persistence", "oi_damped", "var", "oi_var")
 QUANTITIES = ("temperature", "u_component_of_wind", "v_component_of_wind", "surface_pressure")
 KINDS = ("temperature", "wind", "surface_pressure")  # analysed together: u and v are one
 _KIND = np.array([0, 1, 1, 2])  # of each quantity
@@ -579,7 +581,7 @@ class GlobeConfig:
     grid_hours: int = 12
     waves: int = 9
     components: tuple[int, ...] = (6, 12, 20, 30)
-    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+    penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
     leads: tuple[int, ...] = (6, 12, 24, 48, 72, 96, 120)
     seed: int = 0
 
@@ -613,6 +615,7 @@ class Globe:
       kernels: chosen, in the order of `KINDS`.
       skill: normalised RMSE of the analyses at left-out platforms, per kind, with `kernels`.
       damping: coefficients [quantity, level (surface first), band, lead (0 first)].
+      blend: the same of the interpolation and of the vector autoregression together [..., 2]; 0 without the latter.
       waves: of the vector autoregression, or ().
       chosen: (components, penalty) per lead.
     """
@@ -622,6 +625,7 @@ class Globe:
     kernels: tuple[Kernel, ...]
     skill: dict[str, float]
     damping: np.ndarray
+    blend: np.ndarray
     waves: tuple[_Wave, ...]
     chosen: dict[int, tuple[int, float]]
 
@@ -654,12 +658,15 @@ def fit_globe(table: pd.DataFrame, cfg: GlobeConfig = GlobeConfig(), *, progress
     if cfg.tuning_times:
         times = _nominal(first, last, 12, cfg.tuning_times)
         kernels, skill = _tune(standard, cfg, times, fold, progress)
-    damping = _fit_damping(standard, cfg, kernels, _nominal(first, last, 12, cfg.damping_times), fold, progress)
     waves, chosen = (), {}
+    states: dict[float, np.ndarray] = {}
     if cfg.grid:
-        times = _nominal(first, last, cfg.grid_hours, 10**9)
-        waves, chosen = _fit_waves(standard, cfg, kernels, times, progress)
-    return Globe(cfg, climate, kernels, skill, damping, waves, chosen)
+        times = _nominal(first + 12, last, cfg.grid_hours, 10**9)
+        states = {t: _state(standard, kernels, cfg, t) for t in tqdm(times, desc="analyses", disable=not progress)}
+        waves, chosen = _fit_waves(cfg, states)
+    times = _nominal(first + 24, last, 12, cfg.damping_times)
+    damping, blend = _fit_damping(standard, cfg, kernels, times, fold, waves, states, progress)
+    return Globe(cfg, climate, kernels, skill, damping, blend, waves, chosen)
 
 
 def forecast(
@@ -682,13 +689,13 @@ def forecast(
       BaselineError: an unknown model, `var` of baselines fitted without it, or a lead it was not fitted for.
     """
     unknown = [name for name in models if name not in MODELS]
-    if unknown or ("var" in models and not globe.waves):
+    if unknown or ({"var", "oi_var"} & set(models) and not globe.waves):
         raise BaselineError(
-            f"models {unknown or ['var']} were not fitted; this one has {MODELS[: 5 if globe.waves else 4]}"
+            f"models {unknown or ['var']} were not fitted; this one has {MODELS[: 6 if globe.waves else 4]}"
         )
     lead = wanted["lead_time"].to_numpy(int)
     strange = sorted(set(lead.tolist()) - set(globe.cfg.leads))
-    if strange and {"oi_damped", "var"} & set(models):
+    if strange and {"oi_damped", "var", "oi_var"} & set(models):
         raise BaselineError(f"lead {strange[0]} h was not fitted; fit with leads={globe.cfg.leads} and it")
     standard = _Standard(reports_of(table), globe.climate)
     valid = points_of(wanted, "valid_time")
@@ -704,24 +711,32 @@ def forecast(
         _, first, back = np.unique(place[rows], return_index=True, return_inverse=True)
         asked = init.take(rows[first])
         recent = standard.reports.between(moment - globe.cfg.window_hours, moment)
-        if {"oi_persistence", "oi_damped"} & set(models):
-            found = standard.analyse(globe.kernels, globe.cfg, moment, asked)[back]
+        interpolated = np.zeros(len(rows))
+        if {"oi_persistence", "oi_damped", "oi_var"} & set(models):
+            interpolated = standard.analyse(globe.kernels, globe.cfg, moment, asked)[back]
             if "oi_persistence" in models:
-                out["oi_persistence"][rows] = normal[rows] + spread[rows] * found
+                out["oi_persistence"][rows] = normal[rows] + spread[rows] * interpolated
             if "oi_damped" in models:
-                factor = _damping_at(globe.damping, globe.cfg.leads, init.take(rows), lead[rows])
-                out["oi_damped"][rows] = normal[rows] + spread[rows] * factor * found
+                factor = _coefficients(globe.damping, globe.cfg.leads, init.take(rows), lead[rows])
+                out["oi_damped"][rows] = normal[rows] + spread[rows] * factor * interpolated
         if "persistence" in models:
             group = wanted["group"].to_numpy(object)[rows[first]]
             out["persistence"][rows] = normal[rows] + _nearest(recent, globe.climate, asked, group)[back]
-        if "var" in models:
+        if {"var", "oi_var"} & set(models):
             for when in (moment, moment - 12.0):
                 if when not in states:
                     states[when] = _state(standard, globe.kernels, globe.cfg, when)
+            carried = np.zeros(len(rows))
             for hours in np.unique(lead[rows]):
-                some = rows[lead[rows] == hours]
-                fields = _wave_forecast(globe, states[moment], states[moment - 12.0], int(hours))
-                out["var"][some] = normal[some] + spread[some] * _from_grid(globe.cfg, fields, valid.take(some))
+                fields = _wave_forecast(globe.cfg, globe.waves, states[moment], states[moment - 12.0], int(hours))
+                here = lead[rows] == hours
+                carried[here] = _from_grid(globe.cfg, fields, valid.take(rows[here]))
+            if "var" in models:
+                out["var"][rows] = normal[rows] + spread[rows] * carried
+            if "oi_var" in models:
+                factors = _coefficients(globe.blend, globe.cfg.leads, init.take(rows), lead[rows])
+                both = factors[:, 0] * interpolated + factors[:, 1] * carried
+                out["oi_var"][rows] = normal[rows] + spread[rows] * both
             states = {when: state for when, state in states.items() if when > moment - 24.0}
     if "climatology" in models:
         out["climatology"] = normal.copy()
@@ -903,13 +918,19 @@ def _fit_damping(
     kernels: Sequence[Kernel],
     times: np.ndarray,
     fold: np.ndarray,
+    waves: tuple[_Wave, ...],
+    states: dict[float, np.ndarray],
     progress: bool,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regression of the anomalies at left-out platforms on the interpolation at the initial time, alone and together
+    with the vector autoregression: coefficients [quantity, level, band, lead] and the same [..., 2].
+    """
     leads = (0, *cfg.leads)
-    products = np.zeros((2, len(QUANTITIES), 1 + len(_LEVELS), len(_BANDS) + 1, len(leads)))
+    shape = (len(QUANTITIES), 1 + len(_LEVELS), len(_BANDS) + 1, len(leads))
+    gram, moment = np.zeros((*shape, 2, 2)), np.zeros((*shape, 2))
     points = standard.reports.points
-    for i, moment in enumerate(tqdm(times, desc="damping", disable=not progress)):
-        rows = [_left_out(standard, fold, moment + lead, i % _FOLDS)[1] for lead in leads]
+    for i, moment_ in enumerate(tqdm(times, desc="damping", disable=not progress)):
+        rows = [_left_out(standard, fold, moment_ + lead, i % _FOLDS)[1] for lead in leads]
         which = np.repeat(np.arange(len(leads)), [len(part) for part in rows])
         every = np.concatenate(rows)
         level, band = _class(points.take(every))
@@ -922,25 +943,41 @@ def _fit_damping(
         keys = np.stack([standard.reports.platform[every], points.quantity[every], level], 1)
         _, first, back = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         platforms = np.flatnonzero(fold == i % _FOLDS)
-        found = standard.analyse(kernels, cfg, moment, points.take(every[first]), platforms)[back.ravel()]
+        x = np.zeros((len(every), 2))
+        x[:, 0] = standard.analyse(kernels, cfg, moment_, points.take(every[first]), platforms)[back.ravel()]
+        if waves:
+            for when in (moment_, moment_ - 12.0):
+                if when not in states:
+                    states[when] = _state(standard, kernels, cfg, when)
+            for k, lead in enumerate(leads):
+                fields = _wave_forecast(cfg, waves, states[moment_], states[moment_ - 12.0], lead)
+                here = which == k
+                x[here, 1] = _from_grid(cfg, fields, points.take(every[here]))
         key = (points.quantity[every], level, band, which)
-        np.add.at(products[0], key, found * standard.anomaly[every])
-        np.add.at(products[1], key, found * found)
-    # Few pairs: shrink towards the mean over bands, and that towards 0.
-    pooled = products.sum(3, keepdims=True)
-    common = pooled[0] / (pooled[1] + 5.0)
-    damping = (products[0] + 20.0 * common) / (products[1] + 20.0)
-    damping = np.where(pooled[1] > 20, damping, np.nan)
+        np.add.at(gram, key, x[:, :, None] * x[:, None, :])
+        np.add.at(moment, key, x * standard.anomaly[every][:, None])
+    damping = _shrunk(gram[..., :1, :1], moment[..., :1], leads)[..., 0]
+    return np.clip(damping, 0.0, 1.5), _shrunk(gram, moment, leads)
+
+
+def _shrunk(gram: np.ndarray, moment: np.ndarray, leads: Sequence[int]) -> np.ndarray:
+    """Regression coefficients [quantity, level, band, lead, K], drawn to those of all bands, which are drawn to 0."""
+    unit = np.eye(gram.shape[-1])
+    pooled = gram.sum(2, keepdims=True)
+    common = np.linalg.solve(pooled + 5.0 * unit, moment.sum(2, keepdims=True)[..., None])
+    found = np.linalg.solve(gram + 20.0 * unit, moment[..., None] + 20.0 * common)[..., 0]
+    found = np.where(pooled[..., :1, 0] > 20, found, np.nan)
     hours = np.asarray(leads, float)
-    for index in np.ndindex(damping.shape[:-1]):  # leads at which no sonde flies
-        known = np.isfinite(damping[index])
-        damping[index] = np.interp(hours, hours[known], damping[index][known]) if known.any() else 0.0
-    return np.clip(damping, 0.0, 1.5)
+    for index in np.ndindex(*found.shape[:3], found.shape[4]):  # leads at which no sonde flies
+        line = found[(*index[:3], slice(None), index[3])]
+        known = np.isfinite(line)
+        found[(*index[:3], slice(None), index[3])] = np.interp(hours, hours[known], line[known]) if known.any() else 0.0
+    return found
 
 
-def _damping_at(damping: np.ndarray, leads: Sequence[int], points: Points, lead: np.ndarray) -> np.ndarray:
+def _coefficients(table: np.ndarray, leads: Sequence[int], points: Points, lead: np.ndarray) -> np.ndarray:
     level, band = _class(points)
-    return damping[points.quantity, level, band, 1 + np.searchsorted(np.asarray(leads), lead)]
+    return table[points.quantity, level, band, 1 + np.searchsorted(np.asarray(leads), lead)]
 
 
 def _nearest(recent: Reports, climate: Climate, asked: Points, group: np.ndarray) -> np.ndarray:
@@ -994,12 +1031,12 @@ def _state(standard: _Standard, kernels: Sequence[Kernel], cfg: GlobeConfig, mom
 
 
 def _fit_waves(
-    standard: _Standard, cfg: GlobeConfig, kernels: Sequence[Kernel], times: np.ndarray, progress: bool
+    cfg: GlobeConfig, analyses: dict[float, np.ndarray]
 ) -> tuple[tuple[_Wave, ...], dict[int, tuple[int, float]]]:
     steps = [lead for lead in cfg.leads if lead % cfg.grid_hours == 0]
     if not steps or 12 % cfg.grid_hours:
         raise BaselineError(f"grid_hours={cfg.grid_hours} must divide 12 and one of leads={cfg.leads}")
-    states = np.stack([_state(standard, kernels, cfg, t) for t in tqdm(times, desc="analyses", disable=not progress)])
+    times, states = np.array(list(analyses)), np.stack(list(analyses.values()))
     lag = 12 // cfg.grid_hours
     train = int(0.8 * len(times))
     chosen: dict[int, tuple[int, float]] = {}
@@ -1042,24 +1079,28 @@ def _ridge(scores: np.ndarray, rows: np.ndarray, lag: int, shift: int, count: in
     return np.linalg.solve(gram + level * np.eye(len(gram)), x.conj().T @ y)
 
 
-def _wave_forecast(globe: Globe, now: np.ndarray, before: np.ndarray, lead: int) -> np.ndarray:
+def _wave_forecast(
+    cfg: GlobeConfig, waves: tuple[_Wave, ...], now: np.ndarray, before: np.ndarray, lead: int
+) -> np.ndarray:
     """Standardised anomalies [field, latitude, longitude]; leads between fitted ones are interpolated linearly, from
     the analysis itself at 0.
     """
-    fitted = sorted(globe.waves[0].weights)
+    fitted = sorted(waves[0].weights)
+    if not lead:
+        return _grid_values(cfg, now)
     if lead not in fitted:
         low = max((step for step in fitted if step < lead), default=0)
         high = min((step for step in fitted if step > lead), default=low)
         share = 0.0 if high == low else (lead - low) / (high - low)
-        one = _wave_forecast(globe, now, before, low) if low else _grid_values(globe.cfg, now)
-        return (1 - share) * one + share * _wave_forecast(globe, now, before, high)
+        one = _wave_forecast(cfg, waves, now, before, low) if low else _grid_values(cfg, now)
+        return (1 - share) * one + share * _wave_forecast(cfg, waves, now, before, high)
     spectrum = np.empty_like(now)
-    for wave, fit in enumerate(globe.waves):
+    for wave, fit in enumerate(waves):
         weights = fit.weights[lead]
         basis = fit.basis[:, : weights.shape[1]]
         inputs = np.concatenate([now[wave] @ basis, before[wave] @ basis])
         spectrum[wave] = (inputs @ weights) @ basis.conj().T
-    return _grid_values(globe.cfg, spectrum)
+    return _grid_values(cfg, spectrum)
 
 
 def _grid_values(cfg: GlobeConfig, spectrum: np.ndarray) -> np.ndarray:

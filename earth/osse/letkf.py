@@ -94,11 +94,11 @@ class LetkfConfig:
     members: int = 20
     member_days: int = 10
     cycle_hours: int = 6
-    radius_km: float = 1500.0
+    radius_km: float = 1000.0
     depth: float = 1.0
     inflation: float = 1.05
-    relaxation: float = 0.8
-    additive: float = 0.15
+    relaxation: float = 0.9
+    additive: float = 0.12
     seed: int = 0
     unresolved: float = 1.0
     neighbours: int = 256

@@ -344,7 +344,9 @@ def test_thinning_keeps_the_newest_of_each_box(world):
     fewer: Any = letkf.thin(table, 1000.0)
     assert 0 < len(fewer) < 0.8 * len(table)
     assert letkf.thin(table, 0.0) is table
-    two: Any = pd.concat([table.iloc[:3], table.iloc[:3].assign(value=-1.0, time=table["time"].max())], ignore_index=True)
+    two: Any = pd.concat(
+        [table.iloc[:3], table.iloc[:3].assign(value=-1.0, time=table["time"].max())], ignore_index=True
+    )
     newest: Any = letkf.thin(two, 100.0)
     assert (newest["value"] == -1.0).all()
     assert set(letkf.thin(world.table, 300.0)["platform"]) == set(world.table["platform"])
@@ -385,7 +387,15 @@ def test_example_compares_baselines_and_filter(tmp_path):
 
     assert global_baselines.main(["--tiny", "--out", str(tmp_path)]) == 0
     table: Any = pd.read_csv(tmp_path / "table.csv")
-    assert set(table["model"]) == {"climatology", "persistence", "oi_persistence", "oi_damped", "var", "letkf"}
+    assert set(table["model"]) == {
+        "climatology",
+        "persistence",
+        "oi_persistence",
+        "oi_damped",
+        "var",
+        "oi_var",
+        "letkf",
+    }
     assert (table["n_unforecast"] == 0).all()
     assert np.isfinite(table["rmse"]).all()
     assert (tmp_path / "rmse.png").stat().st_size > 10_000
