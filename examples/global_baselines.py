@@ -86,7 +86,7 @@ def full() -> Plan:
         test=dataclasses.replace(system, nature=later),
         protocol=VerificationConfig(warm_up_hours=240),
         baselines=globe.GlobeConfig(),
-        filter=letkf.LetkfConfig(model=model),
+        filter=letkf.LetkfConfig(model=model, ensemble_forecast=True),
         candidates=({}, {"radius_km": 1500.0}, {"additive": 0.25}),
         tuning_start=120,
         tuning_days=10,
