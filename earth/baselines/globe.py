@@ -570,7 +570,7 @@ class GlobeConfig:
     window_hours: float = 24.0
     neighbours: int = 48
     tuning_times: int = 16
-    damping_times: int = 120
+    damping_times: int = 80
     kernels: tuple[Kernel, Kernel, Kernel] = (
         Kernel(1000.0, 0.4, 36.0),
         Kernel(1000.0, 0.6, 36.0),
@@ -659,13 +659,12 @@ def fit_globe(table: pd.DataFrame, cfg: GlobeConfig = GlobeConfig(), *, progress
         times = _nominal(first, last, 12, cfg.tuning_times)
         kernels, skill = _tune(standard, cfg, times, fold, progress)
     waves, chosen = (), {}
-    states: dict[float, np.ndarray] = {}
     if cfg.grid:
         times = _nominal(first + 12, last, cfg.grid_hours, 10**9)
         states = {t: _state(standard, kernels, cfg, t) for t in tqdm(times, desc="analyses", disable=not progress)}
         waves, chosen = _fit_waves(cfg, states)
     times = _nominal(first + 24, last, 12, cfg.damping_times)
-    damping, blend = _fit_damping(standard, cfg, kernels, times, fold, waves, states, progress)
+    damping, blend = _fit_damping(standard, cfg, kernels, times, fold, waves, progress)
     return Globe(cfg, climate, kernels, skill, damping, blend, waves, chosen)
 
 
@@ -919,7 +918,6 @@ def _fit_damping(
     times: np.ndarray,
     fold: np.ndarray,
     waves: tuple[_Wave, ...],
-    states: dict[float, np.ndarray],
     progress: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Regression of the anomalies at left-out platforms on the interpolation at the initial time, alone and together
@@ -946,11 +944,10 @@ def _fit_damping(
         x = np.zeros((len(every), 2))
         x[:, 0] = standard.analyse(kernels, cfg, moment_, points.take(every[first]), platforms)[back.ravel()]
         if waves:
-            for when in (moment_, moment_ - 12.0):
-                if when not in states:
-                    states[when] = _state(standard, kernels, cfg, when)
+            # The states leave the platforms out as well: with their own reports in it the grid would look too good.
+            now, before = (_state(standard, kernels, cfg, when, platforms) for when in (moment_, moment_ - 12.0))
             for k, lead in enumerate(leads):
-                fields = _wave_forecast(cfg, waves, states[moment_], states[moment_ - 12.0], lead)
+                fields = _wave_forecast(cfg, waves, now, before, lead)
                 here = which == k
                 x[here, 1] = _from_grid(cfg, fields, points.take(every[here]))
         key = (points.quantity[every], level, band, which)
@@ -1019,12 +1016,17 @@ def _grid_points(cfg: GlobeConfig) -> tuple[Points, tuple[tuple[int, int], ...]]
     return points, tuple((int(q), int(k)) for q, k in fields)
 
 
-def _state(standard: _Standard, kernels: Sequence[Kernel], cfg: GlobeConfig, moment: float) -> np.ndarray:
-    """Fourier coefficients [waves + 1, field * latitude] of an analysis."""
+def _state(
+    standard: _Standard,
+    kernels: Sequence[Kernel],
+    cfg: GlobeConfig,
+    moment: float,
+    without: np.ndarray | None = None,
+) -> np.ndarray:
+    """Fourier coefficients [waves + 1, field * latitude] of an analysis, that of all platforms but `without`."""
     points, fields = _grid_points(cfg)
-    values = standard.analyse(kernels, cfg, moment, points, neighbours=cfg.grid_neighbours).reshape(
-        len(fields), *cfg.grid
-    )
+    values = standard.analyse(kernels, cfg, moment, points, without, neighbours=cfg.grid_neighbours)
+    values = values.reshape(len(fields), *cfg.grid)
     # No weights: the latitudes are even in their sine, so that all cells have one area.
     spectrum = np.fft.rfft(values, axis=-1)[..., : cfg.waves + 1] / cfg.grid[1]
     return spectrum.reshape(-1, cfg.waves + 1).T
