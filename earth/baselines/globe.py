@@ -16,6 +16,8 @@ Radiances are left out: a fair linear use of them needs their weighting function
   interpolations on a grid, Fourier transformed in longitude; for each zonal wavenumber a complex ridge regression of
   its leading principal components at the lead on those now and 12 h before. Truncation and penalty are chosen on the
   last fifth of the training run.
+- **oi_var**: both, in proportions fitted per quantity, level, band and lead: the interpolation sees what the grid of
+  the vector autoregression is too coarse for, and that knows where things go.
 
 A forecast reads reports up to and including its initial time, and none after it.
 """
@@ -36,7 +38,7 @@ from tqdm import tqdm
 from earth.baselines.panel import BaselineError
 from earth.geometry import standard_pressure
 
-MODELS = ("climatology", "persistence", "oi_persistence", "oi_damped", "var")
+MODELS = ("climatology", "persistence", "oi_persistence", "oi_damped", "var", "oi_var")
 QUANTITIES = ("temperature", "u_component_of_wind", "v_component_of_wind", "surface_pressure")
 KINDS = ("temperature", "wind", "surface_pressure")  # analysed together: u and v are one
 _KIND = np.array([0, 1, 1, 2])  # of each quantity
@@ -300,7 +302,7 @@ class Climate:
 
 
 def fit_climate(
-    reports: Reports, *, penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4), seed: int = 0
+    reports: Reports, *, penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6), seed: int = 0
 ) -> Climate:
     """Fits normals, standard deviations and platform offsets to the reports of a training run.
 
@@ -451,6 +453,11 @@ class _Nodes:
     def take(self, rows: Any) -> _Nodes:
         return _Nodes(self.place[rows], self.axis[rows], self.level[rows], self.hours[rows], self.surface[rows])
 
+    def rough(self) -> _Nodes:
+        """In single precision, enough to rank by."""
+        place, axis, level, hours = (x.astype(np.float32) for x in (self.place, self.axis, self.level, self.hours))
+        return _Nodes(place, axis, level, hours, self.surface)
+
 
 def _nodes(points: Points) -> _Nodes:
     lat, lon = np.deg2rad(points.latitude), np.deg2rad(points.longitude)
@@ -477,14 +484,13 @@ def covariance(kernel: Kernel, a: _Nodes, b: _Nodes, wind: bool) -> np.ndarray:
         sine2 = 1.0 - cosine**2
         near = sine2 < 1e-8
         parallel = -_dot(a.axis, b.place) * _dot(b.axis, a.place)
-        # (a x (x_a x x_b)) . (b x (x_a x x_b)) over sin^2, written with the triple products
-        first, second = np.broadcast_arrays(a.place, b.place)
-        normal = np.cross(first, second)
-        across_part = _dot(a.axis, normal) * _dot(b.axis, normal)
+        # Across the line, t = x_a x x_b: (e_a . t)(e_b . t) = -(e_a x x_a . x_b)(e_b x x_b . x_a).
+        turned = np.cross(a.axis, a.place), np.cross(b.axis, b.place)
+        across_part = -_dot(turned[0], b.place) * _dot(turned[1], a.place)
         safe = np.where(near, 1.0, sine2)
         scalar = np.where(near, along * _dot(a.axis, b.axis), (along * parallel + across * across_part) / safe)
     vertical = np.exp(-0.5 * ((a.level - b.level) / kernel.vertical) ** 2)
-    linked = np.where(a.surface == b.surface, 1.0, kernel.link)
+    linked = np.where(a.surface == b.surface, np.float32(1), np.float32(kernel.link))
     return scalar * vertical * np.exp(-np.abs(a.hours - b.hours) / kernel.hours) * linked
 
 
@@ -522,10 +528,11 @@ def interpolate(
     goals = [_nodes(dataclasses.replace(places, quantity=np.full(len(places), part))) for part in parts]
     estimate, error = np.empty((2, len(places), len(parts)))
     count = min(neighbours, len(given))
+    rough, rough_goals = nodes.rough(), goals[0].rough()
     for start in range(0, len(places), 256):
         rows = np.arange(start, min(start + 256, len(places)))
         # Ranked by the scalar correlation: the reports near a place serve u and v alike.
-        rank = covariance(kernel, goals[0].take((rows, None)), nodes.take((None, slice(None))), False)
+        rank = covariance(kernel, rough_goals.take((rows, None)), rough.take((None, slice(None))), False)
         chosen = np.argpartition(-rank, count - 1, axis=1)[:, :count]
         some = nodes.take(chosen)
         left, right = some.take((slice(None), slice(None), None)), some.take((slice(None), None))
@@ -563,18 +570,18 @@ class GlobeConfig:
     window_hours: float = 24.0
     neighbours: int = 48
     tuning_times: int = 16
-    damping_times: int = 120
+    damping_times: int = 80
     kernels: tuple[Kernel, Kernel, Kernel] = (
         Kernel(1000.0, 0.4, 36.0),
         Kernel(1000.0, 0.6, 36.0),
         Kernel(1500.0, 1.0, 36.0),
     )
     grid: tuple[int, ...] = (16, 24)
-    grid_neighbours: int = 32
+    grid_neighbours: int = 24
     grid_hours: int = 12
     waves: int = 9
     components: tuple[int, ...] = (6, 12, 20, 30)
-    penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+    penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
     leads: tuple[int, ...] = (6, 12, 24, 48, 72, 96, 120)
     seed: int = 0
 
@@ -608,6 +615,7 @@ class Globe:
       kernels: chosen, in the order of `KINDS`.
       skill: normalised RMSE of the analyses at left-out platforms, per kind, with `kernels`.
       damping: coefficients [quantity, level (surface first), band, lead (0 first)].
+      blend: the same of the interpolation and of the vector autoregression together [..., 2]; 0 without the latter.
       waves: of the vector autoregression, or ().
       chosen: (components, penalty) per lead.
     """
@@ -617,6 +625,7 @@ class Globe:
     kernels: tuple[Kernel, ...]
     skill: dict[str, float]
     damping: np.ndarray
+    blend: np.ndarray
     waves: tuple[_Wave, ...]
     chosen: dict[int, tuple[int, float]]
 
@@ -649,12 +658,14 @@ def fit_globe(table: pd.DataFrame, cfg: GlobeConfig = GlobeConfig(), *, progress
     if cfg.tuning_times:
         times = _nominal(first, last, 12, cfg.tuning_times)
         kernels, skill = _tune(standard, cfg, times, fold, progress)
-    damping = _fit_damping(standard, cfg, kernels, _nominal(first, last, 12, cfg.damping_times), fold, progress)
     waves, chosen = (), {}
     if cfg.grid:
-        times = _nominal(first, last, cfg.grid_hours, 10**9)
-        waves, chosen = _fit_waves(standard, cfg, kernels, times, progress)
-    return Globe(cfg, climate, kernels, skill, damping, waves, chosen)
+        times = _nominal(first + 12, last, cfg.grid_hours, 10**9)
+        states = {t: _state(standard, kernels, cfg, t) for t in tqdm(times, desc="analyses", disable=not progress)}
+        waves, chosen = _fit_waves(cfg, states)
+    times = _nominal(first + 24, last, 12, cfg.damping_times)
+    damping, blend = _fit_damping(standard, cfg, kernels, times, fold, waves, progress)
+    return Globe(cfg, climate, kernels, skill, damping, blend, waves, chosen)
 
 
 def forecast(
@@ -677,13 +688,13 @@ def forecast(
       BaselineError: an unknown model, `var` of baselines fitted without it, or a lead it was not fitted for.
     """
     unknown = [name for name in models if name not in MODELS]
-    if unknown or ("var" in models and not globe.waves):
+    if unknown or ({"var", "oi_var"} & set(models) and not globe.waves):
         raise BaselineError(
-            f"models {unknown or ['var']} were not fitted; this one has {MODELS[: 5 if globe.waves else 4]}"
+            f"models {unknown or ['var']} were not fitted; this one has {MODELS[: 6 if globe.waves else 4]}"
         )
     lead = wanted["lead_time"].to_numpy(int)
     strange = sorted(set(lead.tolist()) - set(globe.cfg.leads))
-    if strange and {"oi_damped", "var"} & set(models):
+    if strange and {"oi_damped", "var", "oi_var"} & set(models):
         raise BaselineError(f"lead {strange[0]} h was not fitted; fit with leads={globe.cfg.leads} and it")
     standard = _Standard(reports_of(table), globe.climate)
     valid = points_of(wanted, "valid_time")
@@ -699,24 +710,32 @@ def forecast(
         _, first, back = np.unique(place[rows], return_index=True, return_inverse=True)
         asked = init.take(rows[first])
         recent = standard.reports.between(moment - globe.cfg.window_hours, moment)
-        if {"oi_persistence", "oi_damped"} & set(models):
-            found = standard.analyse(globe.kernels, globe.cfg, moment, asked)[back]
+        interpolated = np.zeros(len(rows))
+        if {"oi_persistence", "oi_damped", "oi_var"} & set(models):
+            interpolated = standard.analyse(globe.kernels, globe.cfg, moment, asked)[back]
             if "oi_persistence" in models:
-                out["oi_persistence"][rows] = normal[rows] + spread[rows] * found
+                out["oi_persistence"][rows] = normal[rows] + spread[rows] * interpolated
             if "oi_damped" in models:
-                factor = _damping_at(globe.damping, globe.cfg.leads, init.take(rows), lead[rows])
-                out["oi_damped"][rows] = normal[rows] + spread[rows] * factor * found
+                factor = _coefficients(globe.damping, globe.cfg.leads, init.take(rows), lead[rows])
+                out["oi_damped"][rows] = normal[rows] + spread[rows] * factor * interpolated
         if "persistence" in models:
             group = wanted["group"].to_numpy(object)[rows[first]]
             out["persistence"][rows] = normal[rows] + _nearest(recent, globe.climate, asked, group)[back]
-        if "var" in models:
+        if {"var", "oi_var"} & set(models):
             for when in (moment, moment - 12.0):
                 if when not in states:
                     states[when] = _state(standard, globe.kernels, globe.cfg, when)
+            carried = np.zeros(len(rows))
             for hours in np.unique(lead[rows]):
-                some = rows[lead[rows] == hours]
-                fields = _wave_forecast(globe, states[moment], states[moment - 12.0], int(hours))
-                out["var"][some] = normal[some] + spread[some] * _from_grid(globe.cfg, fields, valid.take(some))
+                fields = _wave_forecast(globe.cfg, globe.waves, states[moment], states[moment - 12.0], int(hours))
+                here = lead[rows] == hours
+                carried[here] = _from_grid(globe.cfg, fields, valid.take(rows[here]))
+            if "var" in models:
+                out["var"][rows] = normal[rows] + spread[rows] * carried
+            if "oi_var" in models:
+                factors = _coefficients(globe.blend, globe.cfg.leads, init.take(rows), lead[rows])
+                both = factors[:, 0] * interpolated + factors[:, 1] * carried
+                out["oi_var"][rows] = normal[rows] + spread[rows] * both
             states = {when: state for when, state in states.items() if when > moment - 24.0}
     if "climatology" in models:
         out["climatology"] = normal.copy()
@@ -769,17 +788,19 @@ class _Standard:
         without: np.ndarray | None = None,
         *,
         neighbours: int | None = None,
+        window: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Standardised anomalies at `moment` at points."""
+        """Standardised anomalies at `moment` at points; `window`: rows and steering winds found before."""
         out = np.zeros(len(wanted))
-        rows = self.window(cfg, moment, without)
+        rows = self.window(cfg, moment, without) if window is None else window[0]
+        wind = self.steering(rows) if window is None else window[1]
         kind = _KIND[self.reports.points.quantity[rows]]
         for index, kernel in enumerate(kernels):
             goals = np.flatnonzero((wanted.quantity >= 0) & (_KIND[wanted.quantity] == index))
             if not len(goals):
                 continue
             own = rows[kind == index]
-            given = self._steered(self.reports.points.take(own), kernel, moment)
+            given = _steered(self.reports.points.take(own), kernel.steering * wind[kind == index], moment)
             values = self.anomaly[own] - kernel.offsets * self.offset[own]
             errors = np.sqrt((kernel.error * self.error[own]) ** 2 + kernel.nugget**2)
             there = dataclasses.replace(wanted.take(goals), hours=np.full(len(goals), moment))
@@ -787,19 +808,22 @@ class _Standard:
             out[goals], _ = interpolate(kernel, given, values, errors, there, neighbours=count)
         return out
 
-    def _steered(self, points: Points, kernel: Kernel, moment: float) -> Points:
-        if not kernel.steering or not len(points):
-            return points
+    def steering(self, rows: np.ndarray) -> np.ndarray:
+        """Normal eastward wind in m/s that carries reports; 0 without winds aloft."""
+        points = self.reports.points.take(rows)
         aloft = dataclasses.replace(
             points,
             quantity=np.ones(len(points), int),
             surface=np.zeros(len(points), bool),
             log_pressure=np.full(len(points), math.log(_STEERING)),
         )
-        wind = self.climate.normal(aloft)
-        metres = kernel.steering * np.nan_to_num(wind) * (moment - points.hours) * 3600
-        degrees = np.rad2deg(metres / (_RADIUS * 1e3 * np.cos(np.deg2rad(np.clip(points.latitude, -80, 80)))))
-        return dataclasses.replace(points, longitude=points.longitude + degrees)
+        return np.nan_to_num(self.climate.normal(aloft))
+
+
+def _steered(points: Points, wind: np.ndarray, moment: float) -> Points:
+    metres = wind * (moment - points.hours) * 3600
+    degrees = np.rad2deg(metres / (_RADIUS * 1e3 * np.cos(np.deg2rad(np.clip(points.latitude, -80, 80)))))
+    return dataclasses.replace(points, longitude=points.longitude + degrees)
 
 
 def _nominal(first: float, last: float, step: int, count: int) -> np.ndarray:
@@ -827,6 +851,8 @@ def _tune(
 ) -> tuple[tuple[Kernel, ...], dict[str, float]]:
     """Coordinate descent over the parameters of the kernels on the error at left-out platforms."""
     cases = [(moment, *_left_out(standard, fold, moment, i % _FOLDS)) for i, moment in enumerate(times)]
+    windows = [standard.window(cfg, moment, platforms) for moment, platforms, _ in cases]
+    windows = [(rows, standard.steering(rows)) for rows in windows]
     kernels = list(cfg.kernels)
     moves = {
         "length_km": (0.7, 1.4),
@@ -848,9 +874,10 @@ def _tune(
         def loss(kernel: Kernel, kind: int = kind) -> float:
             total, count = 0.0, 0
             tried = [*kernels[:kind], kernel, *kernels[kind + 1 :]]
-            for moment, platforms, rows in cases:
+            for (moment, _, rows), window in zip(cases, windows, strict=True):
                 own = rows[_KIND[standard.reports.points.quantity[rows]] == kind]
-                found = standard.analyse(tried, cfg, moment, standard.reports.points.take(own), platforms)
+                there = standard.reports.points.take(own)
+                found = standard.analyse(tried, cfg, moment, there, window=window, neighbours=cfg.neighbours // 2)
                 total += float(((standard.anomaly[own] - found) ** 2).sum())
                 count += len(own)
             return math.sqrt(total / max(count, 1))
@@ -890,13 +917,18 @@ def _fit_damping(
     kernels: Sequence[Kernel],
     times: np.ndarray,
     fold: np.ndarray,
+    waves: tuple[_Wave, ...],
     progress: bool,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regression of the anomalies at left-out platforms on the interpolation at the initial time, alone and together
+    with the vector autoregression: coefficients [quantity, level, band, lead] and the same [..., 2].
+    """
     leads = (0, *cfg.leads)
-    products = np.zeros((2, len(QUANTITIES), 1 + len(_LEVELS), len(_BANDS) + 1, len(leads)))
+    shape = (len(QUANTITIES), 1 + len(_LEVELS), len(_BANDS) + 1, len(leads))
+    gram, moment = np.zeros((*shape, 2, 2)), np.zeros((*shape, 2))
     points = standard.reports.points
-    for i, moment in enumerate(tqdm(times, desc="damping", disable=not progress)):
-        rows = [_left_out(standard, fold, moment + lead, i % _FOLDS)[1] for lead in leads]
+    for i, moment_ in enumerate(tqdm(times, desc="damping", disable=not progress)):
+        rows = [_left_out(standard, fold, moment_ + lead, i % _FOLDS)[1] for lead in leads]
         which = np.repeat(np.arange(len(leads)), [len(part) for part in rows])
         every = np.concatenate(rows)
         level, band = _class(points.take(every))
@@ -909,25 +941,40 @@ def _fit_damping(
         keys = np.stack([standard.reports.platform[every], points.quantity[every], level], 1)
         _, first, back = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         platforms = np.flatnonzero(fold == i % _FOLDS)
-        found = standard.analyse(kernels, cfg, moment, points.take(every[first]), platforms)[back.ravel()]
+        x = np.zeros((len(every), 2))
+        x[:, 0] = standard.analyse(kernels, cfg, moment_, points.take(every[first]), platforms)[back.ravel()]
+        if waves:
+            # The states leave the platforms out as well: with their own reports in it the grid would look too good.
+            now, before = (_state(standard, kernels, cfg, when, platforms) for when in (moment_, moment_ - 12.0))
+            for k, lead in enumerate(leads):
+                fields = _wave_forecast(cfg, waves, now, before, lead)
+                here = which == k
+                x[here, 1] = _from_grid(cfg, fields, points.take(every[here]))
         key = (points.quantity[every], level, band, which)
-        np.add.at(products[0], key, found * standard.anomaly[every])
-        np.add.at(products[1], key, found * found)
-    # Few pairs: shrink towards the mean over bands, and that towards 0.
-    pooled = products.sum(3, keepdims=True)
-    common = pooled[0] / (pooled[1] + 5.0)
-    damping = (products[0] + 20.0 * common) / (products[1] + 20.0)
-    damping = np.where(pooled[1] > 20, damping, np.nan)
+        np.add.at(gram, key, x[:, :, None] * x[:, None, :])
+        np.add.at(moment, key, x * standard.anomaly[every][:, None])
+    damping = _shrunk(gram[..., :1, :1], moment[..., :1], leads)[..., 0]
+    return np.clip(damping, 0.0, 1.5), _shrunk(gram, moment, leads)
+
+
+def _shrunk(gram: np.ndarray, moment: np.ndarray, leads: Sequence[int]) -> np.ndarray:
+    """Regression coefficients [quantity, level, band, lead, K], drawn to those of all bands, which are drawn to 0."""
+    unit = np.eye(gram.shape[-1])
+    pooled = gram.sum(2, keepdims=True)
+    common = np.linalg.solve(pooled + 5.0 * unit, moment.sum(2, keepdims=True)[..., None])
+    found = np.linalg.solve(gram + 20.0 * unit, moment[..., None] + 20.0 * common)[..., 0]
+    found = np.where(pooled[..., :1, 0] > 20, found, np.nan)
     hours = np.asarray(leads, float)
-    for index in np.ndindex(damping.shape[:-1]):  # leads at which no sonde flies
-        known = np.isfinite(damping[index])
-        damping[index] = np.interp(hours, hours[known], damping[index][known]) if known.any() else 0.0
-    return np.clip(damping, 0.0, 1.5)
+    for index in np.ndindex(*found.shape[:3], found.shape[4]):  # leads at which no sonde flies
+        line = found[(*index[:3], slice(None), index[3])]
+        known = np.isfinite(line)
+        found[(*index[:3], slice(None), index[3])] = np.interp(hours, hours[known], line[known]) if known.any() else 0.0
+    return found
 
 
-def _damping_at(damping: np.ndarray, leads: Sequence[int], points: Points, lead: np.ndarray) -> np.ndarray:
+def _coefficients(table: np.ndarray, leads: Sequence[int], points: Points, lead: np.ndarray) -> np.ndarray:
     level, band = _class(points)
-    return damping[points.quantity, level, band, 1 + np.searchsorted(np.asarray(leads), lead)]
+    return table[points.quantity, level, band, 1 + np.searchsorted(np.asarray(leads), lead)]
 
 
 def _nearest(recent: Reports, climate: Climate, asked: Points, group: np.ndarray) -> np.ndarray:
@@ -969,24 +1016,29 @@ def _grid_points(cfg: GlobeConfig) -> tuple[Points, tuple[tuple[int, int], ...]]
     return points, tuple((int(q), int(k)) for q, k in fields)
 
 
-def _state(standard: _Standard, kernels: Sequence[Kernel], cfg: GlobeConfig, moment: float) -> np.ndarray:
-    """Fourier coefficients [waves + 1, field * latitude] of an analysis."""
+def _state(
+    standard: _Standard,
+    kernels: Sequence[Kernel],
+    cfg: GlobeConfig,
+    moment: float,
+    without: np.ndarray | None = None,
+) -> np.ndarray:
+    """Fourier coefficients [waves + 1, field * latitude] of an analysis, that of all platforms but `without`."""
     points, fields = _grid_points(cfg)
-    values = standard.analyse(kernels, cfg, moment, points, neighbours=cfg.grid_neighbours).reshape(
-        len(fields), *cfg.grid
-    )
+    values = standard.analyse(kernels, cfg, moment, points, without, neighbours=cfg.grid_neighbours)
+    values = values.reshape(len(fields), *cfg.grid)
     # No weights: the latitudes are even in their sine, so that all cells have one area.
     spectrum = np.fft.rfft(values, axis=-1)[..., : cfg.waves + 1] / cfg.grid[1]
     return spectrum.reshape(-1, cfg.waves + 1).T
 
 
 def _fit_waves(
-    standard: _Standard, cfg: GlobeConfig, kernels: Sequence[Kernel], times: np.ndarray, progress: bool
+    cfg: GlobeConfig, analyses: dict[float, np.ndarray]
 ) -> tuple[tuple[_Wave, ...], dict[int, tuple[int, float]]]:
     steps = [lead for lead in cfg.leads if lead % cfg.grid_hours == 0]
     if not steps or 12 % cfg.grid_hours:
         raise BaselineError(f"grid_hours={cfg.grid_hours} must divide 12 and one of leads={cfg.leads}")
-    states = np.stack([_state(standard, kernels, cfg, t) for t in tqdm(times, desc="analyses", disable=not progress)])
+    times, states = np.array(list(analyses)), np.stack(list(analyses.values()))
     lag = 12 // cfg.grid_hours
     train = int(0.8 * len(times))
     chosen: dict[int, tuple[int, float]] = {}
@@ -1029,24 +1081,28 @@ def _ridge(scores: np.ndarray, rows: np.ndarray, lag: int, shift: int, count: in
     return np.linalg.solve(gram + level * np.eye(len(gram)), x.conj().T @ y)
 
 
-def _wave_forecast(globe: Globe, now: np.ndarray, before: np.ndarray, lead: int) -> np.ndarray:
+def _wave_forecast(
+    cfg: GlobeConfig, waves: tuple[_Wave, ...], now: np.ndarray, before: np.ndarray, lead: int
+) -> np.ndarray:
     """Standardised anomalies [field, latitude, longitude]; leads between fitted ones are interpolated linearly, from
     the analysis itself at 0.
     """
-    fitted = sorted(globe.waves[0].weights)
+    fitted = sorted(waves[0].weights)
+    if not lead:
+        return _grid_values(cfg, now)
     if lead not in fitted:
         low = max((step for step in fitted if step < lead), default=0)
         high = min((step for step in fitted if step > lead), default=low)
         share = 0.0 if high == low else (lead - low) / (high - low)
-        one = _wave_forecast(globe, now, before, low) if low else _grid_values(globe.cfg, now)
-        return (1 - share) * one + share * _wave_forecast(globe, now, before, high)
+        one = _wave_forecast(cfg, waves, now, before, low) if low else _grid_values(cfg, now)
+        return (1 - share) * one + share * _wave_forecast(cfg, waves, now, before, high)
     spectrum = np.empty_like(now)
-    for wave, fit in enumerate(globe.waves):
+    for wave, fit in enumerate(waves):
         weights = fit.weights[lead]
         basis = fit.basis[:, : weights.shape[1]]
         inputs = np.concatenate([now[wave] @ basis, before[wave] @ basis])
         spectrum[wave] = (inputs @ weights) @ basis.conj().T
-    return _grid_values(globe.cfg, spectrum)
+    return _grid_values(cfg, spectrum)
 
 
 def _grid_values(cfg: GlobeConfig, spectrum: np.ndarray) -> np.ndarray:

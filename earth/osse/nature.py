@@ -50,7 +50,8 @@ _FORMAT = 1  # in every fingerprint: raise it when the code changes what a confi
 _P0 = 1e5  # Pa, Held-Suarez reference surface pressure
 _T_REF = 288.0  # K, dinosaur's isothermal initial and reference temperature
 _SIGMA_B = 0.7  # top of the Held-Suarez boundary layer
-_DT_MINUTES = {21: 30.0, 31: 30.0, 42: 20.0}  # stable: T21 ran 240 days here with 2 km relief
+_DT_MINUTES = {15: 60.0, 21: 30.0, 31: 30.0, 42: 20.0}  # stable: T21 ran 240 days here with 2 km relief
+_NODES = {15: 12, 21: 16, 31: 24, 42: 32}  # Gaussian latitudes of a hemisphere; the last three are dinosaur's
 _BLOCK_DAYS = 10  # days held in memory before they are appended to the cache
 
 _VARIABLES = {
@@ -89,9 +90,10 @@ class NatureConfig:
     """Everything a nature run depends on.
 
     Attributes:
-      truncation: triangular truncation, 21, 31 or 42 (64 x 32, 96 x 48, 128 x 64 points).
+      truncation: triangular truncation, 15, 21, 31 or 42 (48 x 24, 64 x 32, 96 x 48, 128 x 64 points). 15 is for a
+        forecast model that is coarser than its truth.
       layers: equidistant sigma layers.
-      dt_minutes: time step; None takes 30 min at T21 and T31, 20 min at T42.
+      dt_minutes: time step; None takes 60 min at T15, 30 min at T21 and T31, 20 min at T42.
       spin_up_days: days thrown away before `start`. From rest the flow needs about 150; fewer give a run that is still
         adjusting.
       days: days kept.
@@ -266,20 +268,27 @@ def continentality(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Core:
+class Core:
     """A compiled model: `advance` goes one save interval, `diagnose` turns its carry into SI fields [.., longitude,
-    latitude]."""
+    latitude], `restore` turns such fields and the hour of the day into a carry. All three may be mapped over members.
+    """
 
     carry: Any
     advance: Callable[[Any], Any]
     diagnose: Callable[[Any], dict[str, Any]]
+    restore: Callable[[dict[str, Any], Any], Any]
     latitude: np.ndarray
     longitude: np.ndarray
     sigma: np.ndarray
     surface_altitude: np.ndarray  # [latitude, longitude]
 
 
-def _core(config: NatureConfig) -> _Core:
+def dynamical_core(config: NatureConfig) -> Core:
+    """The model of a nature run, at its initial state.
+
+    Raises:
+      DinosaurMissingError: dinosaur-dycore is missing.
+    """
     try:
         with warnings.catch_warnings():
             # dinosaur 1.2.1 reads jax.experimental.shard_map, deprecated since jax 0.8; it matters only when sharding.
@@ -303,7 +312,7 @@ def _core(config: NatureConfig) -> _Core:
     import jax.numpy as jnp
 
     units = scales.units
-    grid = getattr(spherical_harmonic.Grid, f"T{config.truncation}")()
+    grid = spherical_harmonic.Grid.construct(config.truncation, _NODES[config.truncation])
     coords = coordinate_systems.CoordinateSystem(grid, sigma_coordinates.SigmaCoordinates.equidistant(config.layers))
     specs = primitive_equations.PrimitiveEquationsSpecs.from_si()
     p0 = _P0 * units.pascal
@@ -394,11 +403,31 @@ def _core(config: NatureConfig) -> _Core:
             **{name: within_saturation(grid.to_nodal(tracer)) for name, tracer in state.tracers.items()},
         }
 
+    @jax.jit
+    def restore(fields, hour):
+        vorticity, divergence = spherical_harmonic.uv_nodal_to_vor_div_modal(
+            grid, fields["u_component_of_wind"] / speed, fields["v_component_of_wind"] / speed
+        )
+        variation = fields["temperature"] - jnp.asarray(reference)[:, None, None]
+        log_surface = jnp.log(fields["surface_pressure"] / _P0)[None] + log_p0
+        restored = dataclasses.replace(
+            state,
+            vorticity=vorticity,
+            divergence=divergence,
+            temperature_variation=grid.clip_wavenumbers(grid.to_modal(variation)),
+            log_surface_pressure=grid.clip_wavenumbers(grid.to_modal(log_surface)),
+            tracers={name: grid.clip_wavenumbers(grid.to_modal(fields[name])) for name in state.tracers},
+        )
+        count = jnp.asarray(jnp.rint(hour * 60 / config.step_minutes), jnp.int32) % steps_per_day
+        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), (restored, count), _dtypes)
+
+    _dtypes = jax.tree.map(jnp.asarray, (state, jnp.zeros((), jnp.int32)))
     metre = float(specs.dimensionalize(1.0, units.meter).magnitude)
-    return _Core(
+    return Core(
         carry=(state, jnp.zeros((), jnp.int32)),
         advance=advance,
         diagnose=diagnose,
+        restore=restore,
         latitude=latitude,
         longitude=longitude,
         sigma=sigma,
@@ -445,7 +474,7 @@ def _integrate(config: NatureConfig, progress: bool) -> Iterator[xr.Dataset]:
     """Yields the kept states in blocks of `_BLOCK_DAYS` days."""
     from tqdm import tqdm
 
-    core = _core(config)
+    core = dynamical_core(config)
     carry, per_day = core.carry, 24 // config.save_hours
     times = config.times
     kept: list[dict[str, np.ndarray]] = []
@@ -481,7 +510,7 @@ def _present(fields: Container[str]) -> list[str]:
     return [name for name in _VARIABLES if name in fields]
 
 
-def _block(core: _Core, times: np.ndarray, kept: list[dict[str, np.ndarray]]) -> xr.Dataset:
+def _block(core: Core, times: np.ndarray, kept: list[dict[str, np.ndarray]]) -> xr.Dataset:
     data: dict[str, Any] = {}
     for name in _present(kept[0]):
         dims = (

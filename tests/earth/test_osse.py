@@ -751,7 +751,7 @@ def test_seed_moves_the_perturbation_and_relief_starts_in_balance():
 
     def start(**change):
         config = dataclasses.replace(CACHED, **change)
-        core = nature._core(config)
+        core = nature.dynamical_core(config)
         return np.asarray(core.diagnose(core.carry)["surface_pressure"]), core.surface_altitude
 
     first, _ = start(seed=0)
