@@ -110,7 +110,7 @@ def _padded(a, fill: float = 0) -> Any:
     return jnp.pad(a.astype(jnp.float32), ((0, 1), *[(0, 0)] * (a.ndim - 1)), constant_values=fill)
 
 
-def _loop(lists: _Lists, block: int, step: Callable, carry: Any) -> Any:
+def _loop(lists: _Lists, block, step: Callable, carry: Any) -> Any:
     """step(ids of a chunk, carry) over the chunks of a block's union."""
 
     def chunk(i, carry):
