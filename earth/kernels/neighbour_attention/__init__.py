@@ -21,7 +21,8 @@ Implementations, each for both directions and their gradients:
 
     reference     dense, O(N M): the meaning
     blocked       XLA only, blocks of points against the union of their neighbours: CPU, and wherever there is no kernel
-    pallas_tpu    Mosaic
+    pallas_tpu    Mosaic: tiles of points against tiles of anchors, masked by distance
+    pallas_gpu    Triton: the same tiles
 
 By default the one is taken that fits the platform being lowered for. Scores and sums are float32; results have the
 dtype of `value`. Order along points and anchors is free; no result depends on it.
@@ -48,8 +49,8 @@ from moe.kernels.platform import Partial, platform_dependent
 
 __all__ = ["IMPLEMENTATIONS", "NeighbourAttentionError", "Pairs", "attend", "collect", "pairs"]
 
-IMPLEMENTATIONS = ("reference", "blocked", "pallas_tpu")
-_COMPILED = {"tpu": "pallas_tpu"}
+IMPLEMENTATIONS = ("reference", "blocked", "pallas_tpu", "pallas_gpu")
+_COMPILED = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 """By platform. There a kernel comes without the alternative of interpreting it."""
 
 

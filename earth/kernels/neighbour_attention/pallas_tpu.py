@@ -16,7 +16,6 @@ tiles are the kernel's own, the next tile's while this one is computed.
   passes, with blocks of points and with blocks of anchors; each computes the weights again.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -27,74 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from earth.kernels.neighbour_attention.shapes import ANCHORS, POINTS, Pairs
-from earth.kernels.neighbour_attention.tiles import AWAY, Lanes, Sorted, pad_rows, sort
+from earth.kernels.neighbour_attention.tiles import Lanes, Sorted, Spec, make_spec, other, pad_rows, scalars, sort
 
 SIZE = 128
 _LOW = -1e30
 
 # None: compiled where lowered for a TPU, interpreted elsewhere.
 Interpret = bool | pltpu.InterpretParams | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """What a kernel computes.
-
-    Attributes:
-        block: the side of the blocks; tiles are of the other.
-        rows: the side that reads. A forward kernel has blocks of it.
-        backward: gradients instead of values.
-        axes: P; directions: C, None without moments.
-        scores, values: the layouts of the two vectors of either side.
-        prior: rows start with a weight.
-        exact: float32 products of float32 operands.
-    """
-
-    block: str
-    rows: str
-    backward: bool
-    axes: int
-    directions: int | None
-    scores: Lanes
-    values: Lanes
-    prior: bool
-    exact: bool
-
-    @property
-    def heads(self) -> int:
-        return self.scores.heads
-
-    @property
-    def moments(self) -> int:
-        return 0 if self.directions is None else 1 + self.directions
-
-    def fields(self, side: str) -> dict[str, int]:
-        """Where the scalars of an item lie in its column of [F, size]."""
-        names = [f"x{p}" for p in range(self.axes)]
-        if side == POINTS:
-            names.append("radius2")
-        else:
-            names += [f"frame{c},{p}" for c in range(self.directions or 0) for p in range(self.axes)]
-            names += [f"decay{h}" for h in range(self.heads)]
-        if side == self.rows:
-            stats = ["total", "rest"] if self.backward else ["prior"] if self.prior else []
-            names += [f"{name}{h}" for name in stats for h in range(self.heads)]
-        return {name: i for i, name in enumerate(names)}
-
-    def depth(self, side: str) -> int:
-        return -(-len(self.fields(side)) // 8) * 8
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Arrays with one row per item of the block's side, in the order of the kernel's results."""
-        if not self.backward:
-            return ("values",)
-        wide = self.block != self.rows  # the gradient of values goes to the side that is read
-        return ("scores", "values") if wide else ("scores",)
-
-
-def _other(side: str) -> str:
-    return ANCHORS if side == POINTS else POINTS
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool) -> jax.Array:
@@ -121,7 +59,7 @@ def _column(array: jax.Array, at: int) -> jax.Array:
     return array[:, at : at + 1]
 
 
-def _kernel(count, *refs, spec: _Spec):
+def _kernel(count, *refs, spec: Spec):
     """One block: lists of tiles in SMEM, everything of the tiles in HBM."""
     refs = list(refs)
     tiles = refs.pop(0)
@@ -134,9 +72,9 @@ def _kernel(count, *refs, spec: _Spec):
     parts = refs.pop(0) if spec.backward and spec.moments and spec.block == POINTS else None
     buffers = [refs.pop(0) for _ in range(3)]
     semaphores = refs.pop(0)
-    alone_score, alone_value, scalars, *state = refs
+    alone_score, alone_value, columns, *state = refs
     block, heads, axes = pl.program_id(0), spec.heads, spec.axes
-    mine, theirs = spec.fields(spec.block), spec.fields(_other(spec.block))
+    mine, theirs = spec.fields(spec.block), spec.fields(other(spec.block))
     visits = count[block]
     reads = spec.block == spec.rows
 
@@ -159,10 +97,10 @@ def _kernel(count, *refs, spec: _Spec):
         alone_score[h] = _alone(block_score[...], spec.scores, h)
         if block_value is not None:
             alone_value[h] = _alone(block_value[...], spec.values, h)
-    scalars[:, : spec.depth(spec.block)] = block_scalars[0].T
+    columns[:, : spec.depth(spec.block)] = block_scalars[0].T
 
     def of_block(name):
-        return _column(scalars[...], mine[name])
+        return _column(columns[...], mine[name])
 
     lane = lax.broadcasted_iota(jnp.int32, (SIZE, SIZE), 1)
     if spec.backward:
@@ -287,11 +225,11 @@ def _kernel(count, *refs, spec: _Spec):
             results[0][:, group] = value.astype(results[0].dtype)
 
 
-def _call(spec: _Spec, meet, sides: dict[str, tuple], coefficient, interpret) -> Any:
+def _call(spec: Spec, meet, sides: dict[str, tuple], coefficient, interpret) -> Any:
     """sides: {side: (score vectors, value vectors, scalars [tiles, F, size])}, sorted and padded; rows have no values
     in a forward kernel.
     """
-    mine, theirs = sides[spec.block], sides[_other(spec.block)]
+    mine, theirs = sides[spec.block], sides[other(spec.block)]
     blocks, tiles = len(mine[-1]), len(theirs[-1])
     heads, summary = spec.heads, -(-spec.heads // 8) * 8
     lanes = {"scores": spec.scores, "values": spec.values}
@@ -357,47 +295,13 @@ def _launch(call, interpret: Interpret, *args) -> Any:
     )
 
 
-def _scalars(spec: _Spec, side: str, given: dict[str, jax.Array], order: jax.Array) -> jax.Array:
-    """[tiles, F, size] of a side from {name: [R, ...]}, sorted."""
-    columns = []
-    for name, array in given.items():
-        fill = AWAY if name == "x" and side == ANCHORS else 0.0
-        columns.append(pad_rows(array[order].astype(jnp.float32).reshape(len(order), -1), SIZE, fill))
-    table = jnp.concatenate(columns, 1)
-    assert table.shape[1] == len(spec.fields(side)), (table.shape, spec.fields(side))
-    table = jnp.pad(table, ((0, 0), (0, spec.depth(side) - table.shape[1])))
-    return table.reshape(-1, SIZE, table.shape[1]).transpose(0, 2, 1)
-
-
-def _sides(spec: _Spec, vectors: dict[str, tuple], pairs: Pairs, decay, stats: dict, ordered: Sorted, dtype) -> dict:
+def _sides(spec: Spec, vectors: dict[str, tuple], tables: dict[str, jax.Array], ordered: Sorted, dtype) -> dict:
     made = {}
     for side, arrays in vectors.items():
-        order = ordered.order[side]
-        packed = [
-            pad_rows(lanes.pack(a[order].astype(dtype)), SIZE)
-            for lanes, a in zip((spec.scores, spec.values), arrays, strict=False)
-        ]
-        if side == POINTS:
-            given = dict(x=pairs.points, radius2=pairs.radius2)
-        else:
-            given = dict(x=pairs.anchors) | ({} if spec.directions is None else dict(frame=pairs.frame))
-            given |= dict(decay=decay)
-        if side == spec.rows:
-            given |= stats
-        made[side] = (*packed, _scalars(spec, side, given, order))
+        layouts = zip((spec.scores, spec.values), arrays, strict=False)
+        packed = [pad_rows(lanes.pack(a[ordered.order[side]].astype(dtype)), SIZE) for lanes, a in layouts]
+        made[side] = (*packed, tables[side])
     return made
-
-
-def _spec(query, value, coefficient, pairs: Pairs, side: str, **rest) -> _Spec:
-    return _Spec(
-        rows=side,
-        axes=pairs.points.shape[1],
-        directions=None if coefficient is None else coefficient.shape[1] - 1,
-        scores=Lanes(*query.shape[1:]),
-        values=Lanes(*value.shape[1:]),
-        exact=value.dtype != jnp.bfloat16,
-        **rest,
-    )
 
 
 def _operand_type(value) -> Any:
@@ -408,11 +312,12 @@ def forward(
     query, key, value, decay, prior, coefficient, pairs: Pairs, *, side: str, interpret: Interpret = None
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.forward`."""
-    spec = _spec(query, value, coefficient, pairs, side, block=side, backward=False, prior=prior is not None)
+    spec = make_spec(query, value, coefficient, pairs, side, block=side, backward=False, prior=prior is not None)
     ordered = sort(pairs, SIZE)
-    vectors = {side: (query,), _other(side): (key, value)}
+    vectors = {side: (query,), other(side): (key, value)}
     stats = {} if prior is None else dict(prior=prior)
-    sides = _sides(spec, vectors, pairs, decay, stats, ordered, _operand_type(value))
+    tables = scalars(spec, pairs, decay, stats, ordered, SIZE)
+    sides = _sides(spec, vectors, tables, ordered, _operand_type(value))
     flat = None if coefficient is None else coefficient.astype(jnp.float32)
 
     def call(meet, sides, flat, interpret):
@@ -429,12 +334,13 @@ def backward(
 ) -> tuple:
     """As `blocked.backward`."""
     ordered = sort(pairs, SIZE)
-    vectors = {side: (query, grad), _other(side): (key, value)}
+    vectors = {side: (query, grad), other(side): (key, value)}
     flat = None if coefficient is None else coefficient.astype(jnp.float32)
     gradients, of_decay, of_coefficient = {}, None, None
     for block in (POINTS, ANCHORS):
-        spec = _spec(query, value, coefficient, pairs, side, block=block, backward=True, prior=False)
-        sides = _sides(spec, vectors, pairs, decay, dict(total=total, rest=rest), ordered, _operand_type(value))
+        spec = make_spec(query, value, coefficient, pairs, side, block=block, backward=True, prior=False)
+        tables = scalars(spec, pairs, decay, dict(total=total, rest=rest), ordered, SIZE)
+        sides = _sides(spec, vectors, tables, ordered, _operand_type(value))
 
         def call(meet, sides, flat, interpret, spec=spec):
             return _call(spec, meet, sides, flat, interpret)
@@ -449,7 +355,7 @@ def backward(
         elif spec.moments:
             sums = made[-1].sum((0, 2))[: spec.heads * spec.moments]
             of_coefficient = sums.reshape(spec.heads, spec.moments)
-    other = _other(side)
+    column = other(side)
     if of_coefficient is None:
         of_coefficient = jnp.zeros(())
-    return gradients[side, "scores"], gradients[other, "scores"], gradients[other, "values"], of_decay, of_coefficient
+    return gradients[side, "scores"], gradients[column, "scores"], gradients[column, "values"], of_decay, of_coefficient

@@ -87,3 +87,103 @@ class Lanes:
 def pad_rows(array: Any, size: int, fill: float = 0) -> jax.Array:
     """[R, ...] to a multiple of `size` rows."""
     return jnp.pad(array, ((0, -len(array) % size), *[(0, 0)] * (array.ndim - 1)), constant_values=fill)
+
+
+def other(side: str) -> str:
+    return ANCHORS if side == POINTS else POINTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a kernel computes.
+
+    Attributes:
+        block: the side of the blocks; tiles are of the other.
+        rows: the side that reads. A forward kernel has blocks of it.
+        backward: gradients instead of values.
+        axes: P; directions: C, None without moments.
+        scores, values: the layouts of the two vectors of either side.
+        prior: rows start with a weight.
+        exact: float32 products of float32 operands.
+    """
+
+    block: str
+    rows: str
+    backward: bool
+    axes: int
+    directions: int | None
+    scores: Lanes
+    values: Lanes
+    prior: bool
+    exact: bool
+
+    @property
+    def heads(self) -> int:
+        return self.scores.heads
+
+    @property
+    def moments(self) -> int:
+        return 0 if self.directions is None else 1 + self.directions
+
+    def fields(self, side: str) -> dict[str, int]:
+        """Where the scalars of an item lie in its column of [F, size]."""
+        names = [f"x{p}" for p in range(self.axes)]
+        if side == POINTS:
+            names.append("radius2")
+        else:
+            names += [f"frame{c},{p}" for c in range(self.directions or 0) for p in range(self.axes)]
+            names += [f"decay{h}" for h in range(self.heads)]
+        if side == self.rows:
+            stats = ["total", "rest"] if self.backward else ["prior"] if self.prior else []
+            names += [f"{name}{h}" for name in stats for h in range(self.heads)]
+        return {name: i for i, name in enumerate(names)}
+
+    def depth(self, side: str) -> int:
+        return -(-len(self.fields(side)) // 8) * 8
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Arrays with one row per item of the block's side, in the order of the kernel's results."""
+        if not self.backward:
+            return ("values",)
+        wide = self.block != self.rows  # the gradient of values goes to the side that is read
+        return ("scores", "values") if wide else ("scores",)
+
+
+def make_spec(query, value, coefficient, pairs: Pairs, side: str, **rest) -> Spec:
+    return Spec(
+        rows=side,
+        axes=pairs.points.shape[1],
+        directions=None if coefficient is None else coefficient.shape[1] - 1,
+        scores=Lanes(*query.shape[1:]),
+        values=Lanes(*value.shape[1:]),
+        exact=value.dtype != jnp.bfloat16,
+        **rest,
+    )
+
+
+def _scalars(spec: Spec, side: str, given: dict[str, jax.Array], order: jax.Array, size: int) -> jax.Array:
+    """[tiles, F, size] of a side from {name: [R, ...]}, sorted."""
+    columns = []
+    for name, array in given.items():
+        fill = AWAY if name == "x" and side == ANCHORS else 0.0
+        columns.append(pad_rows(array[order].astype(jnp.float32).reshape(len(order), -1), size, fill))
+    table = jnp.concatenate(columns, 1)
+    assert table.shape[1] == len(spec.fields(side)), (table.shape, spec.fields(side))
+    table = jnp.pad(table, ((0, 0), (0, spec.depth(side) - table.shape[1])))
+    return table.reshape(-1, size, table.shape[1]).transpose(0, 2, 1)
+
+
+def scalars(spec: Spec, pairs: Pairs, decay, stats: dict, ordered: Sorted, size: int) -> dict[str, jax.Array]:
+    """{side: [tiles, F, size]}: `Spec.fields` of every item, sorted and padded."""
+    made = {}
+    for side in (POINTS, ANCHORS):
+        if side == POINTS:
+            given = dict(x=pairs.points, radius2=pairs.radius2)
+        else:
+            given = dict(x=pairs.anchors) | ({} if spec.directions is None else dict(frame=pairs.frame))
+            given |= dict(decay=decay)
+        if side == spec.rows:
+            given |= stats
+        made[side] = _scalars(spec, side, given, ordered.order[side], size)
+    return made
