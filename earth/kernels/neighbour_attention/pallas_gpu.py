@@ -1,7 +1,7 @@
 """Neighbour attention as Pallas kernels for NVIDIA GPUs, lowered through Triton. Written for Hopper (sm_90).
 
-No GPU was at hand: the kernels are correct in interpret mode and compile for an H100 (`moe.kernels.aot_cuda`). **None
-was ever run or timed on one.**
+No GPU was at hand: the kernels are correct in interpret mode and compile for an H100 (`moe.kernels.aot_cuda`), where
+with moments they use all 255 registers of a thread and spill 8 to 440 bytes of them. **None was ever run or timed on one.**
 
 The tiles of `tiles`, 64 x 64, as on TPU, and no gathers; but a program is one block and one head, so that distances are
 computed again for every head (12 operations a pair, beside the 4 K of a head's two products). A program goes through as
@@ -127,7 +127,7 @@ def _kernel(*refs, spec: Spec):
         plgpu.store(at, value)
 
 
-def _call(spec: Spec, meet, sides: dict[str, tuple], coefficient, interpret) -> list[jax.Array]:
+def _call(spec: Spec, meet, sides: dict[str, tuple], coefficient, interpret) -> Any:
     """sides: {side: (score vectors [H, R, K], value vectors, scalars [F, R])}; rows have no values in a forward."""
     mine, theirs = sides[spec.block], sides[other(spec.block)]
     items, heads = mine[-1].shape[1], spec.heads
@@ -140,13 +140,13 @@ def _call(spec: Spec, meet, sides: dict[str, tuple], coefficient, interpret) -> 
         functools.partial(_kernel, spec=spec),
         grid=(items // SIZE, heads),
         out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name=f"neighbour_{'backward' if spec.backward else 'forward'}_{spec.block}",
     )(*inputs)
 
 
-def _launch(spec: Spec, interpret: bool | None, meet, sides, coefficient) -> list[jax.Array]:
+def _launch(spec: Spec, interpret: bool | None, meet, sides, coefficient) -> Any:
     """Compiled where lowered for CUDA, interpreted elsewhere, unless told."""
 
     def call(meet, sides, coefficient, interpret):
