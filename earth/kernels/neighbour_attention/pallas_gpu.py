@@ -1,7 +1,8 @@
 """Neighbour attention as Pallas kernels for NVIDIA GPUs, lowered through Triton. Written for Hopper (sm_90).
 
 No GPU was at hand: the kernels are correct in interpret mode and compile for an H100 (`moe.kernels.aot_cuda`), where
-with moments they use all 255 registers of a thread and spill 8 to 440 bytes of them. **None was ever run or timed on one.**
+with moments they use all 255 registers of a thread and spill 8 to 440 bytes of them. **None was ever run or timed on
+one.**
 
 The tiles of `tiles`, 64 x 64, as on TPU, and no gathers; but a program is one block and one head, so that distances are
 computed again for every head (12 operations a pair, beside the 4 K of a head's two products). A program goes through as
@@ -42,7 +43,7 @@ def _kernel(*refs, spec: Spec):
     mine, theirs = spec.fields(spec.block), spec.fields(other(spec.block))
     rows = pl.ds(block * SIZE, SIZE)
     score_vectors = plgpu.load(vectors[0].at[head, rows, :])
-    value_vectors = plgpu.load(vectors[1].at[head, rows, :]) if spec.backward else None
+    value_vectors: Any = plgpu.load(vectors[1].at[head, rows, :]) if spec.backward else None
 
     def of_block(name, per_head=False):
         at = mine[f"{name}0"] + head if per_head else jnp.int32(mine[name])
