@@ -23,6 +23,9 @@ FAR2 = 1e30
 
 _TIE = 1e-5
 _LEAST2 = 1e-30
+# The (k+1)-th anchor is to be outside also where float32 rounds its distance down: the taper's logarithm there is only
+# -33, which a score can make up for.
+_RIM = 1 - 2e-6
 
 
 class NeighbourError(ValueError):
@@ -36,9 +39,9 @@ class Neighbourhood:
     Attributes:
       index: [N, k] int32, nearest first (ties in any order); -1 where there are fewer than k anchors, and for points at
         NaN.
-      radius2: [N] squared distance to the (k+1)-th nearest anchor, which is outside. `FAR2` where there are at most k
-        anchors; 0 for a point at NaN, which has no neighbours. Never so small that the nearest anchor is outside: where
-        k + 1 anchors are nearest alike, which of them count is left open.
+      radius2: [N] squared distance to the (k+1)-th nearest anchor, less 2e-6 of it: that one is outside. `FAR2` where
+        there are at most k anchors; 0 for a point at NaN, which has no neighbours. Never so small that the nearest
+        anchor is outside: where k + 1 anchors are nearest alike, which of them count is left open.
     """
 
     index: Param  # [N, k] int32
@@ -80,9 +83,12 @@ def _on_host(points: np.ndarray, anchors: np.ndarray, k: int) -> Neighbourhood:
     # Query k + 1 even for M <= k: scipy marks what is missing with an infinite distance and the index M.
     distance, index = KDTree(anchors.astype(np.float64)).query(points.astype(np.float64), k + 1)
     index = np.where(index == len(anchors), -1, index)[:, :k]
-    d2 = np.minimum(distance**2, FAR2)
-    radius2 = np.maximum(d2[:, k], d2[:, 0] * (1 + _TIE) + _LEAST2)
-    return Neighbourhood(index.astype(np.int32), radius2.astype(np.float32))
+    return Neighbourhood(index.astype(np.int32), _radius2(distance**2, k, np).astype(np.float32))
+
+
+def _radius2(d2, k: int, module) -> Any:
+    """[N] from sorted squared distances [N, k + 1]; jnp or np."""
+    return module.maximum(module.minimum(d2[:, k] * _RIM, FAR2), d2[:, 0] * (1 + _TIE) + _LEAST2)
 
 
 def _in_jit(points: jax.Array, anchors: jax.Array, k: int, block: int) -> Neighbourhood:
@@ -93,14 +99,14 @@ def _in_jit(points: jax.Array, anchors: jax.Array, k: int, block: int) -> Neighb
         # One coordinate at a time: no [block, M, P], and no cancellation as in |x|^2 + |u|^2 - 2 <x, u>.
         d2: Any = sum((x[:, p, None] - anchors[None, :, p]) ** 2 for p in range(x.shape[1]))
         least, index = lax.top_k(-jnp.where(jnp.isnan(d2), jnp.inf, d2), wanted)
-        return jnp.minimum(-least, FAR2), index
+        return -least, index
 
     block = min(block, max(count, 1))
     blocks = jnp.pad(points, ((0, -count % block), (0, 0))).reshape(-1, block, points.shape[1])
     d2, index = (a.reshape(-1, wanted)[:count] for a in lax.map(search, blocks))
-    index = jnp.where(d2 < FAR2, index, -1).astype(jnp.int32)
+    index = jnp.where(jnp.isfinite(d2), index, -1).astype(jnp.int32)
     missing = ((0, 0), (0, k + 1 - wanted))
-    d2 = jnp.pad(d2, missing, constant_values=FAR2)
+    d2 = jnp.pad(d2, missing, constant_values=jnp.inf)
     index = jnp.pad(index, missing, constant_values=-1)[:, :k]
-    radius2 = jnp.maximum(d2[:, k], d2[:, 0] * (1 + _TIE) + _LEAST2)
-    return Neighbourhood(index, jnp.where(index[:, 0] < 0, 0, radius2).astype(jnp.float32))
+    radius2 = jnp.where(index[:, 0] < 0, 0, _radius2(d2, k, jnp))
+    return Neighbourhood(index, radius2.astype(jnp.float32))

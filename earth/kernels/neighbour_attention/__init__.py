@@ -21,6 +21,8 @@ Implementations, each for both directions and their gradients:
 
     reference     dense, O(N M): the meaning
     blocked       XLA only, blocks of points against the union of their neighbours: CPU, and wherever there is no kernel
+    pallas_tpu    Mosaic: tiles of points against tiles of anchors, masked by distance
+    pallas_gpu    Triton: the same tiles
 
 By default the one is taken that fits the platform being lowered for. Scores and sums are float32; results have the
 dtype of `value`. Order along points and anchors is free; no result depends on it.
@@ -47,8 +49,9 @@ from moe.kernels.platform import Partial, platform_dependent
 
 __all__ = ["IMPLEMENTATIONS", "NeighbourAttentionError", "Pairs", "attend", "collect", "pairs"]
 
-IMPLEMENTATIONS = ("reference", "blocked")
-_KERNELS: dict[str, str] = {}
+IMPLEMENTATIONS = ("reference", "blocked", "pallas_tpu", "pallas_gpu")
+_COMPILED = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+"""By platform. There a kernel comes without the alternative of interpreting it."""
 
 
 def attend(
@@ -134,15 +137,16 @@ def _run(side: str, implementation: str | None, *operands: Any) -> tuple[jax.Arr
     return _attention(side, implementation, *operands)
 
 
-def _of_module(*args: Any, module: str, name: str, side: str) -> Any:
-    return getattr(_module(module), name)(*args, side=side)
+def _of_module(*args: Any, module: str, name: str, **options: Any) -> Any:
+    return getattr(_module(module), name)(*args, **options)
 
 
 def _by_platform(name: str, side: str, implementation: str | None, *args: Any) -> Any:
     if implementation is not None:
         return _of_module(*args, module=implementation, name=name, side=side)
     kernels = {
-        platform: Partial(_of_module, module=module, name=name, side=side) for platform, module in _KERNELS.items()
+        platform: Partial(_of_module, module=module, name=name, side=side, interpret=False)
+        for platform, module in _COMPILED.items()
     }
     return platform_dependent(*args, default=Partial(_of_module, module="blocked", name=name, side=side), **kernels)
 
