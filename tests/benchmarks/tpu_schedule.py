@@ -195,28 +195,28 @@ def tgmm_cost(schedule: aot.Schedule, product: Product, sizes: np.ndarray, chip:
     with jax.set_mesh(aot.topology_mesh(chip.topology)):
         cut = pallas_tpu.weight_tiling(ROWS, product.inner, product.outer, parts, jnp.bfloat16, **options)
     plan, table = pallas_tpu.make_plan(
-        jnp.asarray(sizes, jnp.int32), ROWS, cut.unit, cut.most, every_group=True, pairs=None
+        jnp.asarray(sizes, jnp.int32), ROWS, cut.unit, cut.most, every_group=True, pairs=None, fold=pallas_tpu.LANES
     )
     table = np.asarray(table)
     step_loop = _main_loop(schedule)
     chunk_loop = max(step_loop.inner, key=lambda loop: loop.matmuls)
     blocks = [b for b in schedule.matmul_blocks() if chunk_loop.start <= b[0] < chunk_loop.stop]
-    assert len(blocks) == cut.depth + 1, "the last chunk of a group by its passes, then any other"
-    trips = parts * math.prod(cut.columns) // math.prod(cut.tile)
+    assert len(blocks) == cut.depth, "one stretch of matrix instructions for each number of passes"
+    trips = cut.trips * parts // cut.tile_parts
 
     @functools.cache
-    def chunk_cycles(passes: int, last: bool, cleared: int) -> int:
-        start = blocks[passes - 1 if last else -1][0]
+    def chunk_cycles(passes: int) -> int:
+        """The longest way: both masks, copies of zeros and of spared rows, whether the chunk needs them or not."""
         return schedule.path(
             chunk_loop.start,
             chunk_loop.stop,
-            trips=lambda loop: trips if loop.matmuls else cleared,
-            avoid=tuple((a, b) for a, b, _ in blocks if a != start),
+            trips=lambda loop: trips,
+            avoid=tuple((a, b) for i, (a, b, _) in enumerate(blocks) if i != passes - 1),
         )
 
     fixed = _around(schedule, step_loop, chunk_loop)
     tiles = product.inner * product.outer // math.prod(cut.columns)
-    begin, valid = table[plan.begin :][: EXPERTS + 1], table[plan.field("valid") + 1 :]
+    begin = table[plan.begin :][: EXPERTS + 1]
     units = table[plan.field("units") + 1 :]
     cycles = with_hbm = 0.0
     out_bytes = 2 * parts * math.prod(cut.columns)
@@ -224,9 +224,7 @@ def tgmm_cost(schedule: aot.Schedule, product: Product, sizes: np.ndarray, chip:
     for a, b in itertools.pairwise(begin):
         busy = fixed
         for c in range(a, b):
-            passes = -(-int(units[c]) * cut.unit // pallas_tpu.LANES)
-            cleared = max(0, passes * pallas_tpu.LANES // cut.grain - int(valid[c]) // cut.grain - 1)
-            busy += chunk_cycles(passes, c + 1 == b, cleared)
+            busy += chunk_cycles(-(-int(units[c]) * cut.unit // pallas_tpu.LANES))
         cycles += busy
         with_hbm += max(busy, (out_bytes + row_bytes * cut.unit * float(units[a:b].sum())) / chip.bytes_per_cycle)
     return Cost(cycles * tiles, with_hbm * tiles)

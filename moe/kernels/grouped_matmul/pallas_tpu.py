@@ -37,13 +37,13 @@ from moe.kernels.grouped_matmul.shapes import ACTIVATIONS
 
 LANES = 128
 # Passes of LANES rows that tgmm contracts in one go.
-DEPTH = 3
+DEPTH = 2
 # One group's weights in VMEM (Qwen3-30B-A3B's gate and up: 6.3 MB), and how many groups' are there at once.
 WEIGHT_BYTES = 7_000_000
 WEIGHT_RING = 4
 # float32 sums of tgmm in VMEM, and what of them one stretch of straight code computes.
 ACCUMULATOR_BYTES = 14_000_000
-TILE_AREA = 1 << 20
+TILE_AREA = 3_200_000
 # VMEM for what Mosaic adds of its own.
 VMEM_SLACK = 8 << 20
 
@@ -58,14 +58,15 @@ class Plan:
     Groups that are visited are numbered densely: their `group`, and `begin`, the first chunk (one entry more: the end).
     Of a chunk: `ordinal`, the number of its group; `first`, the unit of rows it starts at; `units`, how many it has;
     `grains`, the same in pairs; `head`, rows of the first unit that precede the group; `valid`, rows from its first to
-    the group's end. Entry c + 1 of these is chunk c; before the first stands a chunk of nothing.
+    the group's end; `spared`, the group's last rows, in unit `spare`, that take the place of the head (`make_plan`'s
+    fold). Entry c + 1 of these is chunk c; before the first stands a chunk of nothing.
     """
 
     experts: int
     chunks: int
 
     _SCALARS = ("chunks", "groups", "covered")
-    _FIELDS = ("ordinal", "first", "units", "grains", "head", "valid")
+    _FIELDS = ("ordinal", "first", "units", "grains", "head", "valid", "spare", "spared")
 
     @classmethod
     def of(cls, experts: int, rows: int, unit: int, most: int) -> "Plan":
@@ -104,7 +105,14 @@ def _running_sum(a: jax.Array) -> jax.Array:
 
 
 def make_plan(
-    sizes: jax.Array, rows: int, unit: int, most: int, *, every_group: bool, pairs: int | None
+    sizes: jax.Array,
+    rows: int,
+    unit: int,
+    most: int,
+    *,
+    every_group: bool,
+    pairs: int | None,
+    fold: int | None = None,
 ) -> tuple[Plan, jax.Array]:
     """Splits every group into chunks of at most `most` units of `unit` rows.
 
@@ -112,6 +120,8 @@ def make_plan(
         every_group: groups without rows are visited too.
         pairs: chunks of a group differ as little as sizes in multiples of `pairs` units allow, the last may have fewer;
             None: all but the last have `most`.
+        fold: rows of a pass. Where the last unit of a group would begin a pass although its rows fit the place that
+            the head leaves, the first chunk takes them there. Their order means nothing to a sum.
     """
     experts = len(sizes)
     plan = Plan.of(experts, rows, unit, most)
@@ -126,6 +136,11 @@ def make_plan(
         group, start, stop = (jnp.sum(jnp.where(here, x, 0), 1, dtype=jnp.int32) for x in (group, start, stop))
     first = start // unit
     units = jnp.where(stop > start, -(-stop // unit) - first, 0)
+    spared = jnp.zeros_like(units)
+    if fold is not None:
+        passes = -(-(stop - start) // fold)
+        spared = jnp.maximum(stop - first * unit - passes * fold, 0)
+        units = jnp.minimum(units, passes * (fold // unit))
     chunks = -(-units // most)
     end = _running_sum(chunks)
 
@@ -152,6 +167,8 @@ def make_plan(
         "grains": -(-size // (pairs or 1)),
         "head": jnp.maximum(of_group(start) - at * unit, 0),
         "valid": of_group(stop) - at * unit,
+        "spare": at + of_group(units),
+        "spared": jnp.where(index == 0, of_group(spared), 0),
     }
     nothing = {"ordinal": -1}
     covered = jnp.max(-(-stop // unit))
@@ -563,7 +580,9 @@ def gmm_t(
     )[0]
 
 
-def _tgmm_kernel(table, lhs, grad, out, x, g, total, sem, *, plan, tiling, exact):
+def _tgmm_kernel(
+    table, lhs, grad, out, x, g, x_spare, g_spare, total, sem, *, plan, tiling, exact
+):
     """One group: lhs [M, K] and grad [P, M, N] in HBM, out [1, P, tk, tn] in VMEM, sums over chunks in total."""
     k_tile, n_tile, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     unit, grain, depth, tile = tiling.unit, tiling.grain, tiling.depth, tiling.tile
@@ -591,38 +610,76 @@ def _tgmm_kernel(table, lhs, grad, out, x, g, total, sem, *, plan, tiling, exact
 
         return copy, field("units", chunk)
 
+    def spare(chunk, slot):
+        """The unit whose rows take the place of the head."""
+        rows, there = _rows(field("spare", chunk), 1, unit), pl.ds(0, unit)
+        k_lanes, n_lanes = _lanes(k_tile, k_columns), _lanes(n_tile, n_columns)
+        copies = [pltpu.make_async_copy(lhs.at[rows, k_lanes], x_spare.at[slot, there], sem.at[slot])]
+        for p in range(parts):
+            copies.append(pltpu.make_async_copy(grad.at[p, rows, n_lanes], g_spare.at[slot, p, there], sem.at[slot]))
+        return copies
+
+    def bring(chunk, slot, action):
+        act(fetches(chunk, slot), action)
+
+        @pl.when(field("spared", chunk) > 0)
+        def _():
+            for one in spare(chunk, slot):
+                getattr(one, action)()
+
     @pl.when((step == 0) & (count > 0))
     def _():
-        act(fetches(0, 0), "start")
+        bring(0, 0, "start")
 
-    buffers = [(x, ()), *((g, (p,)) for p in range(parts))]
-
-    def mask(slot, at, keep):
-        """Zeros rows of one grain that are not to be kept, NaN or not."""
-        for ref, part in buffers:
+    def replace_head(slot, head, spared):
+        for ref, spare_ref, part in ((x, x_spare, ()), *((g, g_spare, (p,)) for p in range(parts))):
             row = lax.broadcasted_iota(jnp.int32, (grain, ref.shape[-1]), 0)
-            rows = (slot, *part, _rows(at, 1, grain))
+            rows = (slot, *part, pl.ds(0, grain))
             # Through float32: v5 has no 16-bit select.
-            ref[rows] = jnp.where(keep(row), ref[rows].astype(jnp.float32), 0).astype(ref.dtype)
+            value, spare = ref[rows].astype(jnp.float32), spare_ref[(slot, *part)].astype(jnp.float32)
+            ref[rows] = jnp.where(row < head, jnp.where(row < spared, spare, 0), value).astype(ref.dtype)
 
-    def clear(slot, at):
-        for ref, part in buffers:
-            ref[(slot, *part, _rows(at, 1, grain))] = jnp.zeros((grain, ref.shape[-1]), ref.dtype)
+    def keep(rows, first: int, low, high):
+        """Zeros the rows (the first has number `first`) outside [low, high), NaN or not; words, as v5 has no 16-bit
+        select.
+        """
+        words = pltpu.bitcast(rows, jnp.uint32)
+        packed = len(rows) // len(words)
+        row = first + packed * lax.broadcasted_iota(jnp.int32, words.shape, 0)
+        bits = 32 // packed
+        mask = jnp.zeros(words.shape, jnp.uint32)
+        for i in range(packed):
+            within = (row + i >= low) & (row + i < high)
+            mask |= jnp.where(within, jnp.uint32(((1 << bits) - 1) << (bits * i)), jnp.uint32(0))
+        return pltpu.bitcast(words & mask, rows.dtype)
 
-    def multiply(passes: int, slot, first, last: bool):
-        rows = pl.ds(0, passes * LANES)
+    def multiply(passes: int, slot, first, low, high):
+        rows = passes * LANES
+        cuts = sorted({0, grain, rows - LANES, rows}) if passes > 1 else [0, rows]
 
-        def block(p, i, j):
+        def kept(ref, where, lanes):
+            pieces = []
+            for a, b in zip(cuts[:-1], cuts[1:]):
+                piece = ref[(slot, *where, pl.ds(a, b - a), lanes)]
+                pieces.append(piece if a > 0 and b < rows else keep(piece, a, low, high))
+            return jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+        def block(part, i, j):
             k_lanes, n_lanes = _lanes(i, tile[0]), _lanes(j, tile[1])
-            value = _dot(x[slot, rows, k_lanes], g[slot, p, rows, n_lanes], (0, 0))
-            value = value + jnp.where(first, 0, total[p, k_lanes, n_lanes])
-            if last:
-                out[0, p, k_lanes, n_lanes] = value.astype(out.dtype)
-            else:
-                total[p, k_lanes, n_lanes] = value
+            value = _dot(kept(x, (), k_lanes), kept(g, (part,), n_lanes), (0, 0))
+            # Both stores always: one code for all chunks of a group, and half of the slots for stores are left.
+            value = value + jnp.where(first, 0, total[part, k_lanes, n_lanes])
+            total[part, k_lanes, n_lanes] = value
+            out[0, part, k_lanes, n_lanes] = value.astype(out.dtype)
 
         across = n_columns // tile[1]
         each = k_columns // tile[0] * across
+        if each == 1 and parts % tiling.tile_parts == 0:
+            def some(i):
+                for p in range(tiling.tile_parts):
+                    block(i * tiling.tile_parts + p, 0, 0)
+            _loop(parts // tiling.tile_parts, some)
+            return
 
         def one(i):
             part, rest = lax.div(i, jnp.int32(each)), lax.rem(i, jnp.int32(each))
@@ -633,33 +690,20 @@ def _tgmm_kernel(table, lhs, grad, out, x, g, total, sem, *, plan, tiling, exact
     def one(chunk):
         slot = chunk & 1
         units, head, valid = field("units", chunk), field("head", chunk), field("valid", chunk)
-        act(fetches(chunk, slot), "wait")
+        spared = field("spared", chunk)
+        bring(chunk, slot, "wait")
 
         @pl.when(chunk + 1 < count)
         def _():
-            act(fetches(chunk + 1, 1 - slot), "start")
+            bring(chunk + 1, 1 - slot, "start")
 
-        @pl.when(head > 0)
+        @pl.when(spared > 0)
         def _():
-            mask(slot, 0, lambda row: row >= head)
+            replace_head(slot, head, spared)
 
+        low, high = jnp.where(spared > 0, 0, head), jnp.minimum(valid, units * unit)
         passes = lax.div(units * unit + (LANES - 1), jnp.int32(LANES))
-        whole = lax.div(valid, jnp.int32(grain))
-
-        @pl.when(valid < passes * LANES)
-        def _():
-            mask(slot, whole, lambda row: row < valid - whole * grain)
-            _loop(passes * (LANES // grain), lambda at: clear(slot, at), whole + 1)
-
-        last = chunk + 1 == end
-
-        @pl.when(last)
-        def _():
-            _select(passes, 1, depth, lambda passes: multiply(passes, slot, chunk == begin, True))
-
-        @pl.when(jnp.logical_not(last))
-        def _():
-            multiply(depth, slot, chunk == begin, False)
+        _select(passes, 1, depth, lambda passes: multiply(passes, slot, chunk == begin, low, high))
 
     _loop(end, one, begin)
 
@@ -679,6 +723,7 @@ class WeightTiling:
         most: units of the largest chunk.
         columns: (of K, of N) whose sums are in VMEM at once.
         tile: (of K, of N) that one stretch of straight code computes.
+        tile_parts: parts that it computes.
     """
 
     unit: int
@@ -687,6 +732,12 @@ class WeightTiling:
     most: int
     columns: tuple[int, int]
     tile: tuple[int, int]
+    tile_parts: int
+
+    @property
+    def trips(self) -> int:
+        """Stretches of straight code for one part."""
+        return math.prod(self.columns) // math.prod(self.tile)
 
 
 def weight_tiling(
@@ -697,11 +748,12 @@ def weight_tiling(
     share = max(LANES, inner // _target()[1])  # each core takes tiles of its own
     k_columns = _divisor(inner, min(share, max(LANES, area // min(width, 512))))
     n_columns = _divisor(width, max(LANES, area // k_columns))
-    tile_n = _divisor(n_columns, 1024)
+    tile_n = _divisor(n_columns, 2048)
     depth = min(depth, pl.cdiv(rows, LANES))
     most = min(depth * LANES, rows) // _unit(dtype)
     tile = (_divisor(k_columns, TILE_AREA // tile_n), tile_n)
-    return WeightTiling(_unit(dtype), _grain(dtype), depth, most, (k_columns, n_columns), tile)
+    fits = tile == (k_columns, n_columns) and parts * k_columns * n_columns <= TILE_AREA
+    return WeightTiling(_unit(dtype), _grain(dtype), depth, most, (k_columns, n_columns), tile, parts if fits else 1)
 
 
 def tgmm(
@@ -725,16 +777,18 @@ def tgmm(
     padded_inner, padded_width = lhs.shape[1], grad.shape[2]
     tiling = weight_tiling(len(lhs), padded_inner, padded_width, parts, lhs.dtype, depth=depth)
     k_columns, n_columns = tiling.columns
-    plan, table = make_plan(sizes, rows, unit, tiling.most, every_group=True, pairs=None)
+    plan, table = make_plan(sizes, rows, unit, tiling.most, every_group=True, pairs=None, fold=LANES)
     itemsize = lhs.dtype.itemsize
     block = (1, parts, k_columns, n_columns)
     scratch = [
         pltpu.VMEM((2, tiling.depth * LANES, k_columns), lhs.dtype),
         pltpu.VMEM((2, parts, tiling.depth * LANES, n_columns), grad.dtype),
+        pltpu.VMEM((2, tiling.grain, k_columns), lhs.dtype),
+        pltpu.VMEM((2, parts, tiling.grain, n_columns), grad.dtype),
         pltpu.VMEM(block[1:], jnp.float32),
     ]
     vmem = 2 * math.prod(block) * dtype.itemsize + sum(math.prod(s.shape) * s.dtype.itemsize for s in scratch)
-    vmem += 4 * math.prod(tiling.tile)
+    vmem += 4 * math.prod(tiling.tile) * tiling.tile_parts
     grid = (padded_inner // k_columns, padded_width // n_columns, experts)
     flops = 2 * lhs.size * parts * padded_width
     touched = (lhs.size * grid[1] + grad.size * grid[0]) * itemsize + experts * parts * padded_inner * padded_width * 2
