@@ -439,7 +439,8 @@ class _Tuning:
 
     Attributes:
         grain: rows.
-        least_rows: as many as one matrix takes to be loaded, transposed twice; fewer cost the same.
+        least_rows: as many as one matrix takes to be loaded; fewer cost the same.
+        least_rows_transposed: the same where it is transposed (v5e: 32 and 48 rows took as long as 64).
         chunk_rows: of the largest chunk.
         area: C x columns of one stretch of straight code: its length, and with it that of the program. On v5e each
             stretch waits 220 cycles; gate and up in one of 3.1 M instead of two (40,000 bundles instead of 24,000)
@@ -448,11 +449,12 @@ class _Tuning:
 
     grain: int
     least_rows: int
+    least_rows_transposed: int
     chunk_rows: int
     area: int
 
 
-_TUNING = {128: _Tuning(16, 32, 160, 3_200_000), 256: _Tuning(32, 128, 320, 3_300_000)}
+_TUNING = {128: _Tuning(16, 32, 64, 160, 3_200_000), 256: _Tuning(32, 128, 128, 320, 3_300_000)}
 
 
 def _target() -> tuple[_Tuning, int]:
@@ -489,7 +491,8 @@ def row_tiling(
     columns = _divisor(width, min(max(LANES, width // cores), WEIGHT_BYTES // (parts * inner * itemsize)))
     body_columns = _divisor(columns, tuning.area // (inner * parts))
     grains = -(-min(chunk_rows or tuning.chunk_rows, rows) // grain)
-    least = min(grains, max(1, tuning.least_rows * (2 if transposed else 1) // grain))
+    least_rows = tuning.least_rows_transposed if transposed else tuning.least_rows
+    least = min(grains, max(1, least_rows // grain))
     return RowTiling(unit, grain, least, grains * grain // unit, columns, body_columns, width // columns)
 
 
