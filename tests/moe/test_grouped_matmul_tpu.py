@@ -145,6 +145,7 @@ def test_rows_that_would_begin_a_pass_take_the_place_of_the_head(depth, sizes, d
     past = [a.at[int(jnp.sum(sizes)) :].set(jnp.nan) for a in (lhs, grad)]
     got = np.asarray(jax.jit(product(pallas_tpu, "tgmm", interpret=STRICT, depth=depth))(*past, sizes), np.float32)
     check("tgmm", jnp.asarray(got, dtype), (lhs, grad), sizes)
+    assert interpret_pallas_call.races is not None
     assert not interpret_pallas_call.races.races_found
     # A NaN in the last row, one of those that moved, stays in its group.
     last = int(sizes[0] + sizes[1]) - 1
