@@ -9,8 +9,10 @@ No TPU is needed and **nothing is run**: libtpu compiles, the final bundles are 
 
 Cycles count the waiting for results (the full schedule). `stored` is the same figure with the final bundles as stored,
 into which the compiler folds most of that waiting: the measure of earlier tables. It is too high for every kernel, more
-so for ours, and it can pass 1. Our chunks take the longest way through the branches of their size; trip counts are
-those that the kernel's own table of visits gives for the drawn sizes (mean of 3 draws).
+so for ours, and it can pass 1. Each size of chunk (rows of a row product, passes of tgmm) is a branch of its own in
+the bundles: a chunk is charged the longest way from the head of the chunk loop to its end that enters its own branch
+and no other size's, masks and copies that it may not need included. How many chunks of which size: the kernel's own
+table of visits for the drawn sizes (mean of 3 draws). `passes`: tgmm's use if nothing but its passes took time.
 
 `HBM`: the use that is left if HBM, at its published bandwidth, serves one copy after the other (weights in order and as
 far ahead as the kernel's buffers allow). `bound`: the use that nobody can pass, every operand moved once. Not in any
@@ -123,10 +125,10 @@ def _main_loop(schedule: aot.Schedule) -> aot.Loop:
     return max(schedule.loops, key=lambda loop: loop.matmuls)
 
 
-def _around(schedule: aot.Schedule, outer: aot.Loop, inner: aot.Loop) -> int:
-    """Cycles of one trip through `outer` without those in `inner`, by the shortest way."""
+def _around(schedule: aot.Schedule, outer: aot.Loop, inner: aot.Loop, longest: bool) -> int:
+    """Cycles of one trip through `outer` without those in `inner`, by the shortest way or the longest."""
     return sum(
-        schedule.path(a, b, trips=lambda loop: 0, longest=False)
+        schedule.path(a, b, trips=lambda loop: 0, longest=longest)
         for a, b in ((outer.start, inner.start), (inner.stop, outer.stop))
     )
 
@@ -135,7 +137,11 @@ def row_cost(schedule: aot.Schedule, product: Product, sizes: np.ndarray, chip: 
     """Cost of one of our row products over a histogram, by the chunks that the kernel's own plan gives."""
     with jax.set_mesh(aot.topology_mesh(chip.topology)):  # the cut depends on the chip
         parts = product.weights // product.inner // product.outer
-        shapes = pallas_tpu.row_tiling(ROWS, product.inner, product.outer, parts, jnp.bfloat16, **options)
+        shapes = pallas_tpu.row_tiling(
+            ROWS,
+            *(product.inner, product.outer, parts, jnp.bfloat16),
+            **dict(transposed=product.kernel.endswith("transposed")) | options,
+        )
     plan, table = pallas_tpu.make_plan(
         jnp.asarray(sizes, jnp.int32), ROWS, shapes.unit, shapes.most, every_group=False, pairs=shapes.pairs
     )
@@ -195,40 +201,40 @@ def tgmm_cost(schedule: aot.Schedule, product: Product, sizes: np.ndarray, chip:
     with jax.set_mesh(aot.topology_mesh(chip.topology)):
         cut = pallas_tpu.weight_tiling(ROWS, product.inner, product.outer, parts, jnp.bfloat16, **options)
     plan, table = pallas_tpu.make_plan(
-        jnp.asarray(sizes, jnp.int32), ROWS, cut.unit, cut.most, every_group=True, pairs=None
+        jnp.asarray(sizes, jnp.int32), ROWS, cut.unit, cut.most, every_group=True, pairs=None, fold=pallas_tpu.LANES
     )
     table = np.asarray(table)
     step_loop = _main_loop(schedule)
     chunk_loop = max(step_loop.inner, key=lambda loop: loop.matmuls)
     blocks = [b for b in schedule.matmul_blocks() if chunk_loop.start <= b[0] < chunk_loop.stop]
-    assert len(blocks) == cut.depth + 1, "the last chunk of a group by its passes, then any other"
-    trips = parts * math.prod(cut.columns) // math.prod(cut.tile)
+    assert len(blocks) == cut.depth, "one stretch of matrix instructions for each number of passes"
+    trips = cut.trips * parts // cut.tile_parts
 
     @functools.cache
-    def chunk_cycles(passes: int, last: bool, cleared: int) -> int:
-        start = blocks[passes - 1 if last else -1][0]
+    def chunk_cycles(passes: int) -> int:
+        """The longest way: both masks, copies of zeros and of spared rows, whether the chunk needs them or not."""
         return schedule.path(
             chunk_loop.start,
             chunk_loop.stop,
-            trips=lambda loop: trips if loop.matmuls else cleared,
-            avoid=tuple((a, b) for a, b, _ in blocks if a != start),
+            trips=lambda loop: trips,
+            avoid=tuple((a, b) for i, (a, b, _) in enumerate(blocks) if i != passes - 1),
         )
 
-    fixed = _around(schedule, step_loop, chunk_loop)
+    # A group without rows writes zeros: the longest way.
+    fixed = {empty: _around(schedule, step_loop, chunk_loop, empty) for empty in (False, True)}
     tiles = product.inner * product.outer // math.prod(cut.columns)
-    begin, valid = table[plan.begin :][: EXPERTS + 1], table[plan.field("valid") + 1 :]
-    units = table[plan.field("units") + 1 :]
+    begin = table[plan.begin :][: EXPERTS + 1]
+    units, spared = (table[plan.field(name) + 1 :] for name in ("units", "spared"))
     cycles = with_hbm = 0.0
     out_bytes = 2 * parts * math.prod(cut.columns)
     row_bytes = 2 * (cut.columns[0] + parts * cut.columns[1])
     for a, b in itertools.pairwise(begin):
-        busy = fixed
+        busy = fixed[a == b]
         for c in range(a, b):
-            passes = -(-int(units[c]) * cut.unit // pallas_tpu.LANES)
-            cleared = max(0, passes * pallas_tpu.LANES // cut.grain - int(valid[c]) // cut.grain - 1)
-            busy += chunk_cycles(passes, c + 1 == b, cleared)
+            busy += chunk_cycles(-(-int(units[c]) * cut.unit // pallas_tpu.LANES))
         cycles += busy
-        with_hbm += max(busy, (out_bytes + row_bytes * cut.unit * float(units[a:b].sum())) / chip.bytes_per_cycle)
+        copied = float(units[a:b].sum() + np.count_nonzero(spared[a:b]))
+        with_hbm += max(busy, (out_bytes + row_bytes * cut.unit * copied) / chip.bytes_per_cycle)
     return Cost(cycles * tiles, with_hbm * tiles)
 
 
@@ -301,6 +307,13 @@ def bound(chip: str, product: str, kind: str) -> float:
     return min(1.0, operations / aot.CHIPS[chip].flops_per_cycle / (moved / aot.CHIPS[chip].bytes_per_cycle))
 
 
+def passes_bound(chip: str, kind: str) -> float:
+    """Use of a tgmm that takes only the time of ceil(rows / depth) passes of the matrix units for each group."""
+    depth = {"v6e": 256}.get(chip, 128)
+    draws = [histogram(kind, seed) for seed in range(SEEDS)]
+    return float(np.mean([np.sum(sizes) / (depth * np.sum(-(-sizes // depth))) for sizes in draws]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chips", nargs="+", choices=aot.CHIPS, default=list(aot.CHIPS))
@@ -318,6 +331,8 @@ def main() -> None:
             (use, hbm), (stored, _) = uses(kernel.full, kind), uses(kernel.stored, kind)
             cells.append(f"{use:6.3f} ({stored:5.3f}) {hbm:5.3f} /{bound(chip, product, kind):5.2f}")
         label = f"{chip} {name}"
+        if product.endswith("_weights"):
+            cells.append("passes " + " ".join(f"{passes_bound(chip, kind):.3f}" for kind in HISTOGRAMS))
         print(f"{label:34}{kernel.stored.cycles:8}{kernel.full.spills:7}  " + "  ".join(cells), flush=True)
 
     for chip in args.chips:

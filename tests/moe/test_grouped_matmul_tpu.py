@@ -130,6 +130,32 @@ def test_any_sizes(name, dtype, monkeypatch):
     run()
 
 
+@pytest.mark.parametrize(
+    ("depth", "sizes", "dtype"),
+    [(3, [5, 126, 3, 128, 0, 30, 1], "bfloat16"), (1, [7, 250, 2, 0, 36, 0, 3], "float32")],
+)
+def test_rows_that_would_begin_a_pass_take_the_place_of_the_head(depth, sizes, dtype):
+    """Groups whose rows fit their passes of 128 only without the rows before them, in one chunk and in two."""
+    rows = 304
+    lhs, _, grad = draw(rows, EXPERTS, 128, 128, 2, dtype)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    _, table = pallas_tpu.make_plan(sizes, rows, 8, depth * 16, every_group=True, pairs=None, fold=128)
+    plan = pallas_tpu.Plan.of(EXPERTS, rows, 8, depth * 16)
+    assert np.count_nonzero(table[plan.field("spared") :][: plan.chunks + 1])
+    past = [a.at[int(jnp.sum(sizes)) :].set(jnp.nan) for a in (lhs, grad)]
+    got = np.asarray(jax.jit(product(pallas_tpu, "tgmm", interpret=STRICT, depth=depth))(*past, sizes), np.float32)
+    check("tgmm", jnp.asarray(got, dtype), (lhs, grad), sizes)
+    assert interpret_pallas_call.races is not None
+    assert not interpret_pallas_call.races.races_found
+    # A NaN in the last row, one of those that moved, stays in its group.
+    last = int(sizes[0] + sizes[1]) - 1
+    hit = jax.jit(product(pallas_tpu, "tgmm", interpret=True, depth=depth))(
+        past[0].at[last].set(jnp.nan), past[1], sizes
+    )
+    assert np.isnan(hit[1].astype(jnp.float32)).all()
+    assert np.isfinite(np.delete(np.asarray(hit, np.float32), 1, 0)).all()
+
+
 # Small enough that the cut has several pieces along each axis: (K, N, parts), what to shrink.
 CUTS = {
     "blocks": ((128, 384, 2), dict(area=256 * 128)),

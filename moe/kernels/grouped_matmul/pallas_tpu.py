@@ -14,14 +14,17 @@ for each. Here no row is computed twice, except to complete a tile of 8 rows in 
   arrive while a large group is computed. The rows of the next chunk come while this one is computed.
 - A tile of rows that two groups share is kept (`carry`) and written again by the next group; stores to the same rows
   follow each other. Rows without an expert are filled with zeros at the end.
-- tgmm contracts rows, and the matrix units contract 128 at once: a group of n rows costs ceil((n + 7) / 128) passes.
-  That, not the schedule, bounds its use. Up to 384 rows go to the output without a sum in between.
+- tgmm contracts rows, and the matrix units contract 128 at once: a group of n rows costs ceil(n / 128) passes, wherever
+  it starts: rows that would begin a pass of their own take the place of those before the group in its first tile.
+  That bounds the use of any kernel: 0.816 and 0.815 at 32,768 rows over 128 experts (multinomial, Zipf 0.7), 0.680 at
+  half of them. No pass can serve two groups: from sums over both, neither can be had back.
 
 Operands whose K or N is no multiple of 128, or M none of 8, are padded (copied) first.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -36,14 +39,16 @@ from moe.kernels.grouped_matmul.blocked import varying_like
 from moe.kernels.grouped_matmul.shapes import ACTIVATIONS
 
 LANES = 128
-# Passes of LANES rows that tgmm contracts in one go.
+# Passes of LANES rows that tgmm contracts in one go: 3 take 37,000 bundles (v5e, 2 x 2,048 x 768), and 0.784 of the
+# units where 2 take 19,000 and 0.774.
 DEPTH = 3
 # One group's weights in VMEM (Qwen3-30B-A3B's gate and up: 6.3 MB), and how many groups' are there at once.
 WEIGHT_BYTES = 7_000_000
 WEIGHT_RING = 4
-# float32 sums of tgmm in VMEM, and what of them one stretch of straight code computes.
+# float32 sums of tgmm in VMEM, and how many of them one stretch of straight code computes: each waits 320 cycles
+# (v5e; one pass of 2 x 2,048 x 768 takes 6,144) to fill and drain the units.
 ACCUMULATOR_BYTES = 14_000_000
-TILE_AREA = 1 << 20
+TILE_AREA = 3_200_000
 # VMEM for what Mosaic adds of its own.
 VMEM_SLACK = 8 << 20
 
@@ -58,14 +63,15 @@ class Plan:
     Groups that are visited are numbered densely: their `group`, and `begin`, the first chunk (one entry more: the end).
     Of a chunk: `ordinal`, the number of its group; `first`, the unit of rows it starts at; `units`, how many it has;
     `grains`, the same in pairs; `head`, rows of the first unit that precede the group; `valid`, rows from its first to
-    the group's end. Entry c + 1 of these is chunk c; before the first stands a chunk of nothing.
+    the group's end; `spared`, the group's last rows, in unit `spare`, that take the place of the head (`make_plan`'s
+    fold). Entry c + 1 of these is chunk c; before the first stands a chunk of nothing.
     """
 
     experts: int
     chunks: int
 
     _SCALARS = ("chunks", "groups", "covered")
-    _FIELDS = ("ordinal", "first", "units", "grains", "head", "valid")
+    _FIELDS = ("ordinal", "first", "units", "grains", "head", "valid", "spare", "spared")
 
     @classmethod
     def of(cls, experts: int, rows: int, unit: int, most: int) -> "Plan":
@@ -104,7 +110,14 @@ def _running_sum(a: jax.Array) -> jax.Array:
 
 
 def make_plan(
-    sizes: jax.Array, rows: int, unit: int, most: int, *, every_group: bool, pairs: int | None
+    sizes: jax.Array,
+    rows: int,
+    unit: int,
+    most: int,
+    *,
+    every_group: bool,
+    pairs: int | None,
+    fold: int | None = None,
 ) -> tuple[Plan, jax.Array]:
     """Splits every group into chunks of at most `most` units of `unit` rows.
 
@@ -112,6 +125,8 @@ def make_plan(
         every_group: groups without rows are visited too.
         pairs: chunks of a group differ as little as sizes in multiples of `pairs` units allow, the last may have fewer;
             None: all but the last have `most`.
+        fold: rows of a pass. Where the last unit of a group would begin a pass although its rows fit the place that
+            the head leaves, the first chunk takes them there. Their order means nothing to a sum.
     """
     experts = len(sizes)
     plan = Plan.of(experts, rows, unit, most)
@@ -126,6 +141,11 @@ def make_plan(
         group, start, stop = (jnp.sum(jnp.where(here, x, 0), 1, dtype=jnp.int32) for x in (group, start, stop))
     first = start // unit
     units = jnp.where(stop > start, -(-stop // unit) - first, 0)
+    spared = jnp.zeros_like(units)
+    if fold is not None:
+        passes = -(-(stop - start) // fold)
+        spared = jnp.maximum(stop - first * unit - passes * fold, 0)
+        units = jnp.minimum(units, passes * (fold // unit))
     chunks = -(-units // most)
     end = _running_sum(chunks)
 
@@ -152,6 +172,8 @@ def make_plan(
         "grains": -(-size // (pairs or 1)),
         "head": jnp.maximum(of_group(start) - at * unit, 0),
         "valid": of_group(stop) - at * unit,
+        "spare": at + of_group(units),
+        "spared": jnp.where(index == 0, of_group(spared), 0),
     }
     nothing = {"ordinal": -1}
     covered = jnp.max(-(-stop // unit))
@@ -418,17 +440,21 @@ class _Tuning:
     Attributes:
         grain: rows.
         least_rows: as many as one matrix takes to be loaded; fewer cost the same.
+        least_rows_transposed: the same where it is transposed (v5e: 32 and 48 rows took as long as 64).
         chunk_rows: of the largest chunk.
-        area: C x columns of one stretch of straight code: its length, and with it that of the program.
+        area: C x columns of one stretch of straight code: its length, and with it that of the program. On v5e each
+            stretch waits 220 cycles; gate and up in one of 3.1 M instead of two (40,000 bundles instead of 24,000)
+            took gmm_t's use from 0.878 to 0.913.
     """
 
     grain: int
     least_rows: int
+    least_rows_transposed: int
     chunk_rows: int
     area: int
 
 
-_TUNING = {128: _Tuning(16, 32, 160, 1_650_000), 256: _Tuning(32, 128, 320, 3_300_000)}
+_TUNING = {128: _Tuning(16, 32, 64, 160, 3_200_000), 256: _Tuning(32, 128, 128, 320, 3_300_000)}
 
 
 def _target() -> tuple[_Tuning, int]:
@@ -444,9 +470,20 @@ def _target() -> tuple[_Tuning, int]:
 
 
 def row_tiling(
-    rows: int, inner: int, width: int, parts: int, dtype: jax.typing.DTypeLike, *, chunk_rows: int | None = None
+    rows: int,
+    inner: int,
+    width: int,
+    parts: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    transposed: bool = False,
+    chunk_rows: int | None = None,
 ) -> RowTiling:
-    """The cut of [rows, inner] x [parts, inner, width], all padded."""
+    """The cut of [rows, inner] x [parts, inner, width], all padded.
+
+    Args:
+        transposed: the weights come as [parts, width, inner].
+    """
     tuning, cores = _target()
     unit, itemsize = _unit(dtype), jnp.dtype(dtype).itemsize
     grain = max(tuning.grain, unit)
@@ -454,7 +491,8 @@ def row_tiling(
     columns = _divisor(width, min(max(LANES, width // cores), WEIGHT_BYTES // (parts * inner * itemsize)))
     body_columns = _divisor(columns, tuning.area // (inner * parts))
     grains = -(-min(chunk_rows or tuning.chunk_rows, rows) // grain)
-    least = min(grains, max(1, tuning.least_rows // grain))
+    least_rows = tuning.least_rows_transposed if transposed else tuning.least_rows
+    least = min(grains, max(1, least_rows // grain))
     return RowTiling(unit, grain, least, grains * grain // unit, columns, body_columns, width // columns)
 
 
@@ -468,7 +506,9 @@ def _row_products(name, lhs, rhs, sizes, product, *, transposed, outputs, chunk_
     unit = _unit(lhs.dtype)
     lhs, rhs = _pad_to(lhs, {1: unit, 2: LANES}), _pad_to(rhs, {2: LANES, 3: LANES})
     parts, (padded_rows, inner), padded_width = rhs.shape[1], lhs.shape[1:], rhs.shape[2 if transposed else 3]
-    tiling = row_tiling(padded_rows, inner, padded_width, parts, lhs.dtype, chunk_rows=chunk_rows)
+    tiling = row_tiling(
+        padded_rows, inner, padded_width, parts, lhs.dtype, transposed=transposed, chunk_rows=chunk_rows
+    )
     columns, itemsize = tiling.columns, lhs.dtype.itemsize
     plan, table = make_plan(sizes, rows, unit, tiling.most, every_group=False, pairs=tiling.pairs)
     ring = WEIGHT_RING if len(sizes) > 2 else 2
@@ -563,7 +603,7 @@ def gmm_t(
     )[0]
 
 
-def _tgmm_kernel(table, lhs, grad, out, x, g, total, sem, *, plan, tiling, exact):
+def _tgmm_kernel(table, lhs, grad, out, x, g, x_spare, g_spare, total, sem, *, plan, tiling, exact):
     """One group: lhs [M, K] and grad [P, M, N] in HBM, out [1, P, tk, tn] in VMEM, sums over chunks in total."""
     k_tile, n_tile, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     unit, grain, depth, tile = tiling.unit, tiling.grain, tiling.depth, tiling.tile
@@ -591,38 +631,74 @@ def _tgmm_kernel(table, lhs, grad, out, x, g, total, sem, *, plan, tiling, exact
 
         return copy, field("units", chunk)
 
+    def spare(chunk, slot):
+        """The unit whose rows take the place of the head."""
+        rows, there = _rows(field("spare", chunk), 1, unit), pl.ds(0, unit)
+        k_lanes, n_lanes = _lanes(k_tile, k_columns), _lanes(n_tile, n_columns)
+        copies = [pltpu.make_async_copy(lhs.at[rows, k_lanes], x_spare.at[slot, there], sem.at[slot])]
+        for p in range(parts):
+            copies.append(pltpu.make_async_copy(grad.at[p, rows, n_lanes], g_spare.at[slot, p, there], sem.at[slot]))
+        return copies
+
+    def bring(chunk, slot, action):
+        act(fetches(chunk, slot), action)
+
+        @pl.when(field("spared", chunk) > 0)
+        def _():
+            for one in spare(chunk, slot):
+                getattr(one, action)()
+
     @pl.when((step == 0) & (count > 0))
     def _():
-        act(fetches(0, 0), "start")
+        bring(0, 0, "start")
 
-    buffers = [(x, ()), *((g, (p,)) for p in range(parts))]
-
-    def mask(slot, at, keep):
-        """Zeros rows of one grain that are not to be kept, NaN or not."""
-        for ref, part in buffers:
+    def replace_head(slot, head, spared):
+        for ref, spare_ref, part in ((x, x_spare, ()), *((g, g_spare, (p,)) for p in range(parts))):
             row = lax.broadcasted_iota(jnp.int32, (grain, ref.shape[-1]), 0)
-            rows = (slot, *part, _rows(at, 1, grain))
+            rows = (slot, *part, pl.ds(0, grain))
             # Through float32: v5 has no 16-bit select.
-            ref[rows] = jnp.where(keep(row), ref[rows].astype(jnp.float32), 0).astype(ref.dtype)
+            value, spare = ref[rows].astype(jnp.float32), spare_ref[(slot, *part)].astype(jnp.float32)
+            ref[rows] = jnp.where(row < head, jnp.where(row < spared, spare, 0), value).astype(ref.dtype)
 
-    def clear(slot, at):
-        for ref, part in buffers:
-            ref[(slot, *part, _rows(at, 1, grain))] = jnp.zeros((grain, ref.shape[-1]), ref.dtype)
+    def keep(rows, first: int, low, high):
+        """Zeros the rows (the first has number `first`) outside [low, high), NaN or not; words, as v5 has no 16-bit
+        select.
+        """
+        words = pltpu.bitcast(rows, jnp.uint32)
+        packed = len(rows) // len(words)
+        row = first + packed * lax.broadcasted_iota(jnp.int32, words.shape, 0)
+        bits = 32 // packed
+        mask = jnp.zeros(words.shape, jnp.uint32)
+        for i in range(packed):
+            within = (row + i >= low) & (row + i < high)
+            mask |= jnp.where(within, jnp.uint32(((1 << bits) - 1) << (bits * i)), jnp.uint32(0))
+        return pltpu.bitcast(words & mask, rows.dtype)
 
-    def multiply(passes: int, slot, first, last: bool):
-        rows = pl.ds(0, passes * LANES)
+    def multiply(passes: int, slot, first, low, high):
+        rows = passes * LANES
+        cuts = sorted({0, grain, rows - LANES, rows}) if passes > 1 else [0, rows]
 
-        def block(p, i, j):
+        def kept(ref, where, lanes):
+            pieces = []
+            for a, b in itertools.pairwise(cuts):
+                piece = ref[(slot, *where, pl.ds(a, b - a), lanes)]
+                pieces.append(piece if a > 0 and b < rows else keep(piece, a, low, high))
+            return jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+        def block(part, i, j):
             k_lanes, n_lanes = _lanes(i, tile[0]), _lanes(j, tile[1])
-            value = _dot(x[slot, rows, k_lanes], g[slot, p, rows, n_lanes], (0, 0))
-            value = value + jnp.where(first, 0, total[p, k_lanes, n_lanes])
-            if last:
-                out[0, p, k_lanes, n_lanes] = value.astype(out.dtype)
-            else:
-                total[p, k_lanes, n_lanes] = value
+            value = _dot(kept(x, (), k_lanes), kept(g, (part,), n_lanes), (0, 0))
+            # Both stores always: one code for all chunks of a group, and half of the slots for stores are left.
+            value = value + jnp.where(first, 0, total[part, k_lanes, n_lanes])
+            total[part, k_lanes, n_lanes] = value
+            out[0, part, k_lanes, n_lanes] = value.astype(out.dtype)
 
         across = n_columns // tile[1]
         each = k_columns // tile[0] * across
+        if each == 1 and tiling.tile_parts == parts:
+            for part in range(parts):
+                block(part, 0, 0)
+            return
 
         def one(i):
             part, rest = lax.div(i, jnp.int32(each)), lax.rem(i, jnp.int32(each))
@@ -633,33 +709,20 @@ def _tgmm_kernel(table, lhs, grad, out, x, g, total, sem, *, plan, tiling, exact
     def one(chunk):
         slot = chunk & 1
         units, head, valid = field("units", chunk), field("head", chunk), field("valid", chunk)
-        act(fetches(chunk, slot), "wait")
+        spared = field("spared", chunk)
+        bring(chunk, slot, "wait")
 
         @pl.when(chunk + 1 < count)
         def _():
-            act(fetches(chunk + 1, 1 - slot), "start")
+            bring(chunk + 1, 1 - slot, "start")
 
-        @pl.when(head > 0)
+        @pl.when(spared > 0)
         def _():
-            mask(slot, 0, lambda row: row >= head)
+            replace_head(slot, head, spared)
 
+        low, high = jnp.where(spared > 0, 0, head), jnp.minimum(valid, units * unit)
         passes = lax.div(units * unit + (LANES - 1), jnp.int32(LANES))
-        whole = lax.div(valid, jnp.int32(grain))
-
-        @pl.when(valid < passes * LANES)
-        def _():
-            mask(slot, whole, lambda row: row < valid - whole * grain)
-            _loop(passes * (LANES // grain), lambda at: clear(slot, at), whole + 1)
-
-        last = chunk + 1 == end
-
-        @pl.when(last)
-        def _():
-            _select(passes, 1, depth, lambda passes: multiply(passes, slot, chunk == begin, True))
-
-        @pl.when(jnp.logical_not(last))
-        def _():
-            multiply(depth, slot, chunk == begin, False)
+        _select(passes, 1, depth, lambda passes: multiply(passes, slot, chunk == begin, low, high))
 
     _loop(end, one, begin)
 
@@ -679,6 +742,7 @@ class WeightTiling:
         most: units of the largest chunk.
         columns: (of K, of N) whose sums are in VMEM at once.
         tile: (of K, of N) that one stretch of straight code computes.
+        tile_parts: parts that it computes.
     """
 
     unit: int
@@ -687,6 +751,12 @@ class WeightTiling:
     most: int
     columns: tuple[int, int]
     tile: tuple[int, int]
+    tile_parts: int
+
+    @property
+    def trips(self) -> int:
+        """Stretches of straight code for one part."""
+        return math.prod(self.columns) // math.prod(self.tile)
 
 
 def weight_tiling(
@@ -697,11 +767,12 @@ def weight_tiling(
     share = max(LANES, inner // _target()[1])  # each core takes tiles of its own
     k_columns = _divisor(inner, min(share, max(LANES, area // min(width, 512))))
     n_columns = _divisor(width, max(LANES, area // k_columns))
-    tile_n = _divisor(n_columns, 1024)
+    tile_n = _divisor(n_columns, 2048)
     depth = min(depth, pl.cdiv(rows, LANES))
     most = min(depth * LANES, rows) // _unit(dtype)
     tile = (_divisor(k_columns, TILE_AREA // tile_n), tile_n)
-    return WeightTiling(_unit(dtype), _grain(dtype), depth, most, (k_columns, n_columns), tile)
+    fits = tile == (k_columns, n_columns) and parts * k_columns * n_columns <= TILE_AREA
+    return WeightTiling(_unit(dtype), _grain(dtype), depth, most, (k_columns, n_columns), tile, parts if fits else 1)
 
 
 def tgmm(
@@ -725,16 +796,18 @@ def tgmm(
     padded_inner, padded_width = lhs.shape[1], grad.shape[2]
     tiling = weight_tiling(len(lhs), padded_inner, padded_width, parts, lhs.dtype, depth=depth)
     k_columns, n_columns = tiling.columns
-    plan, table = make_plan(sizes, rows, unit, tiling.most, every_group=True, pairs=None)
+    plan, table = make_plan(sizes, rows, unit, tiling.most, every_group=True, pairs=None, fold=LANES)
     itemsize = lhs.dtype.itemsize
     block = (1, parts, k_columns, n_columns)
     scratch = [
         pltpu.VMEM((2, tiling.depth * LANES, k_columns), lhs.dtype),
         pltpu.VMEM((2, parts, tiling.depth * LANES, n_columns), grad.dtype),
+        pltpu.VMEM((2, tiling.grain, k_columns), lhs.dtype),
+        pltpu.VMEM((2, parts, tiling.grain, n_columns), grad.dtype),
         pltpu.VMEM(block[1:], jnp.float32),
     ]
     vmem = 2 * math.prod(block) * dtype.itemsize + sum(math.prod(s.shape) * s.dtype.itemsize for s in scratch)
-    vmem += 4 * math.prod(tiling.tile)
+    vmem += 4 * math.prod(tiling.tile) * tiling.tile_parts
     grid = (padded_inner // k_columns, padded_width // n_columns, experts)
     flops = 2 * lhs.size * parts * padded_width
     touched = (lhs.size * grid[1] + grad.size * grid[0]) * itemsize + experts * parts * padded_inner * padded_width * 2
