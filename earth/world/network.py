@@ -26,11 +26,9 @@ import numpy as np
 from jaxtyping import Float
 
 from earth import geometry, sensors
-from earth.kernels.neighbour_attention import pairs
+from earth.kernels.neighbour_attention import attend, collect, pairs
 from earth.layers import Dense, apply, dense, layer_norm
 from earth.sensors import split_channel
-from earth.world._draft import attend2 as attend
-from earth.world._draft import collect2 as collect
 from earth.world.field import Anchors, FieldConfig, place
 from earth.world.records import SensorConfig, Tokens
 from moe.params import Constant, FanIn, Param, ParamSpec, zeros

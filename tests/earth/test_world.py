@@ -93,7 +93,7 @@ def reports():
             (lat[owner], lon[owner], z[owner]), (t, p + rng.normal(0, 30, len(p))),
         )
     }  # fmt: skip
-    count = 40 * DAYS
+    count = 120 * DAYS
     lat, lon = sphere(rng, count)
     time = START + rng.integers(0, DAYS * 86400, count)
     pressure = rng.uniform(1.5e4, 1e5, count)
@@ -103,7 +103,7 @@ def reports():
         (temperature(lat, lon, z, time) + rng.normal(0, 0.3, count), wind(lat, lon, time) + rng.normal(0, 0.5, count)),
         pressure=pressure,
     )  # fmt: skip
-    count = 60 * DAYS
+    count = 200 * DAYS
     lat, lon = sphere(rng, count)
     time, view = START + rng.integers(0, DAYS * 86400, count), rng.uniform(-48, 48, count)
     seen = [temperature(lat, lon, h, time) - 0.002 * view**2 + rng.normal(0, 0.2, count) for h in (6000.0, 10000.0)]
@@ -468,12 +468,12 @@ def test_a_head_on_the_frozen_trunk_learns_a_product(record, trained):
     frame["t5"], frame["nothing"] = known, np.nan
     early = np.repeat(np.arange(len(times)) < 30, 40)
     given = {"station": False}
-    icfg = InversionConfig(steps=300, cycles=1, hidden=16)
+    icfg = InversionConfig(steps=1500, learning_rate=5e-3, cycles=2, hidden=32)
     head = fit_inversion(params, record, frame[early], ["t5"], cfg=CFG, icfg=icfg, given=given, progress=False)
     error, wave = [], []
     for time in times[30:40]:
         rows = frame[frame.time == np.datetime64(int(time), "s")]
-        state = analyse(params, record, np.datetime64(int(time), "s"), cycles=1, cfg=CFG, given=given)
+        state = analyse(params, record, np.datetime64(int(time), "s"), cycles=2, cfg=CFG, given=given)
         q = queries(CFG, params.fitted.anchors, "station", rows.latitude, rows.longitude, rows.height)
         mean, spread = invert(params, head, state, q, cfg=CFG)
         assert mean.shape == spread.shape == (40, 1)
@@ -496,7 +496,7 @@ def test_denial_scores_every_cell_beside_the_climate_and_a_regression(record, re
     assert ("sounder", "amsua") not in {(g, p) for g, p, _ in cells}, "nothing is left to read"
     for cell in cells.values():
         assert 0.7 < cell.rmse_climate < 1.3
-        assert cell.rmse_regression < 1.15
+        assert cell.rmse_regression < 1.05 * cell.rmse_climate
         assert cell.ratio == cell.rmse / min(cell.rmse_climate, cell.rmse_regression)
     warm = cells["in situ", "amsua", "brightness_temperature:5"]
     assert warm.rmse_regression < 0.9, "soundings tell of radiances"

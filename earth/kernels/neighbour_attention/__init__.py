@@ -20,7 +20,8 @@ The design is ours (earth_o1 section 4; the paper's field is not public).
 Implementations, each for both directions and their gradients:
 
     reference     dense, O(N M): the meaning
-    blocked       XLA only, blocks of points against the union of their neighbours: CPU, and wherever there is no kernel
+    gather        plain XLA over the N x k pairs: CPU, and wherever there is no kernel, while they fit
+    blocked       XLA only, blocks of points against the union of their neighbours: the same for more pairs
     pallas_tpu    Mosaic: tiles of points against tiles of anchors, masked by distance
     pallas_gpu    Triton: the same tiles
 
@@ -49,7 +50,10 @@ from moe.kernels.platform import Partial, platform_dependent
 
 __all__ = ["IMPLEMENTATIONS", "NeighbourAttentionError", "Pairs", "attend", "collect", "pairs"]
 
-IMPLEMENTATIONS = ("reference", "blocked", "pallas_tpu", "pallas_gpu")
+GATHER_MOST = 2**26
+"""Numbers [N, k, H, V] up to which `gather` is taken where there is no kernel: 256 MB."""
+
+IMPLEMENTATIONS = ("reference", "gather", "blocked", "pallas_tpu", "pallas_gpu")
 _COMPILED = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 """By platform. There a kernel comes without the alternative of interpreting it."""
 
@@ -148,7 +152,9 @@ def _by_platform(name: str, side: str, implementation: str | None, *args: Any) -
         platform: Partial(_of_module, module=module, name=name, side=side, interpret=False)
         for platform, module in _COMPILED.items()
     }
-    return platform_dependent(*args, default=Partial(_of_module, module="blocked", name=name, side=side), **kernels)
+    index, value = next(a.index for a in args if isinstance(a, Pairs)), args[2]
+    plain = "gather" if index.size * value.shape[1] * value.shape[2] <= GATHER_MOST else "blocked"
+    return platform_dependent(*args, default=Partial(_of_module, module=plain, name=name, side=side), **kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
