@@ -155,10 +155,10 @@ def fit_climate(reports: Reports, *, sites: bool, seed: int = 0) -> Climate:
         centre=np.float32(centre), scale=np.float32(scale), view=np.float32(limit), reduced=reduced,
     )  # fmt: skip
     time = geometry.seconds(reports.times[rows])
-    place = (reports.latitude[rows], reports.longitude[rows], height, view)
+    at = [np.float32(x) for x in (reports.latitude[rows], reports.longitude[rows], height, view)]
     ratio = 1.0 + reduced * (np.asarray(geometry.standard_pressure_ratio(height))[:, None] - 1.0)
     values = reports.values[rows] / ratio
-    features, coarse = (np.asarray(part, np.float64) for part in _features(shell, *map(np.float32, place), time))
+    features, coarse = (np.asarray(part, np.float64) for part in _features(shell, at[0], at[1], at[2], at[3], time))
     mean = _ridge(features, values, 1e-4)
     residual = values - features @ mean
     site = np.zeros((len(reports.platforms) if sites else 0, v))
@@ -207,12 +207,9 @@ def standardise(normals: Mapping[str, Climate], reports: Mapping[str, Reports]) 
         owner = r.platform if normals[name].site.shape[0] else None
         for start in range(0, len(r), 100_000):
             rows = slice(start, start + 100_000)
-            mean, deviation = climate(
-                normals[name],
-                *(np.float32(x[rows]) for x in (r.latitude, r.longitude, r.height, view)),
-                geometry.seconds(r.times[rows]),
-                None if owner is None else owner[rows],
-            )
+            at: Any = [x[rows].astype(np.float32) for x in (r.latitude, r.longitude, r.height, view)]
+            time, site = geometry.seconds(r.times[rows]), None if owner is None else owner[rows]
+            mean, deviation = climate(normals[name], at[0], at[1], at[2], at[3], time, site)
             z[rows] = (r.values[rows] - np.asarray(mean)) / np.asarray(deviation)
             sd[rows] = deviation
         out[name] = (z, sd)

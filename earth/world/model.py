@@ -91,11 +91,9 @@ def fit(reports: Mapping[str, Reports], cfg: WorldConfig, *, statics: Any = None
     if cfg.temperature is not None:
         name, variable = cfg.temperature
         about = cfg.sensor(name)
-        latitude = np.rad2deg(np.arcsin(np.linspace(-0.95, 0.95, 19)))[:, None] + 0 * heights
+        latitude = (np.rad2deg(np.arcsin(np.linspace(-0.95, 0.95, 19)))[:, None] + 0 * heights).astype(np.float32)
         zero = np.zeros_like(latitude, np.float32)
-        _, sd = climate(
-            normals[name], np.float32(latitude), zero, heights + zero, zero, np.zeros(latitude.shape, np.int32)
-        )
+        _, sd = climate(normals[name], latitude, zero, heights + zero, zero, np.zeros(latitude.shape, np.int32))
         profile = np.sqrt(np.mean(np.asarray(sd)[..., about.variables.index(variable)] ** 2, 0))
     return jax.tree.map(jnp.asarray, Fitted(normals, make_anchors(cfg.field, statics), profile.astype(np.float32)))
 

@@ -91,29 +91,41 @@ class Block:
 
 
 @flax.struct.dataclass
-class Sense:
-    """One sensor on the way in and out.
-
-    `embed` [V, 2 D'] weights of the values and innovations, for radiometers generated from metadata by `meta_in`;
-    `prior` [H] logit of the background in the average over reports.
+class Direct:
+    """What an in situ sensor is read by: on the way in weights of values, innovations and masks [V, 3, D]; on the way
+    out what it adds to the hidden layer of the reading [2 D], mean and log spread.
     """
 
-    embed: Param | None
-    meta_in: Dense | None
+    embed: Param
+    kind: Param
+    mean: Dense
+    spread: Dense
+
+
+@flax.struct.dataclass
+class Spectral:
+    """The same of a radiometer, every channel's weights made from its metadata: on the way in, of the residual that the
+    column gives beside temperature, of the log spread, and of the weighting over height.
+    """
+
+    embed: Dense
+    residual: Dense
+    spread: Dense
+    weighting: Dense
+    weighting_out: Dense
+
+
+@flax.struct.dataclass
+class Sense:
+    """One sensor on the way in and out; `prior` [H] is the logit of the background in the average over reports."""
+
     about: Dense
     hidden: Dense
     attention: Attention
     prior: Param
     mass: Dense
     merge: Dense
-    # out
-    kind: Param  # [2 D] what this sensor adds to the hidden layer of the reading
-    mean: Dense | None
-    spread: Dense | None
-    meta_out: Dense | None  # residual weights [F -> D + 1]
-    meta_spread: Dense | None
-    weighting: Dense | None
-    weighting_out: Dense | None
+    form: Direct | Spectral
 
 
 @flax.struct.dataclass
@@ -170,17 +182,20 @@ def network_specs(cfg: NetworkConfig, sensors: tuple[SensorConfig, ...], statics
 
     def sense(s: SensorConfig) -> Sense:
         v, radiometer = len(s.variables), is_radiometer(s)
+        if radiometer:
+            form: Direct | Spectral = Spectral(
+                embed=dense(METADATA, 3 * d), residual=dense(METADATA, d + 1, 0.01),
+                spread=dense(METADATA, d + 1, 0.01), weighting=dense(METADATA + 4, 32),
+                weighting_out=dense(32, 2, 0.1),
+            )  # fmt: skip
+        else:
+            embed = ParamSpec((v, 3, d), (None, None, "embed"), FanIn(1.0, (-3, -2)))
+            kind = ParamSpec((hidden,), (None,), zeros)
+            form = Direct(embed, kind, dense(hidden, v, 0.1), dense(hidden, v, 0.1))
         return Sense(
-            embed=None if radiometer else ParamSpec((v, 3, d), (None, None, "embed"), FanIn(1.0, (-3, -2))),
-            meta_in=dense(METADATA, 3 * d) if radiometer else None,
             about=dense(PLACE + AGE + 3, d), hidden=dense(d, d), attention=_attention(cfg, d),
             prior=ParamSpec((cfg.heads,), (None,), zeros), mass=dense(cfg.heads, d, 0.3), merge=dense(d, d),
-            kind=ParamSpec((hidden,), (None,), zeros),
-            mean=None if radiometer else dense(hidden, v, 0.1), spread=None if radiometer else dense(hidden, v, 0.1),
-            meta_out=dense(METADATA, d + 1, 0.01) if radiometer else None,
-            meta_spread=dense(METADATA, d + 1, 0.01) if radiometer else None,
-            weighting=dense(METADATA + 4, 32) if radiometer else None,
-            weighting_out=dense(32, 2, 0.1) if radiometer else None,
+            form=form,
         )  # fmt: skip
 
     f = _forcing_width(statics)
@@ -319,16 +334,17 @@ def read(
         t, sense = tokens[s.sensor], net.senses[s.sensor]
         column = _read_column(net, h, anchors, t, cfg=cfg, field=field)
         about, age = about_report(t, end, step)
-        if not is_radiometer(s):
-            x = _hidden(net, column, about, age) + sense.kind
-            out[s.sensor] = (apply(sense.mean, x), apply(sense.spread, x))
+        form = sense.form
+        if isinstance(form, Direct):
+            x = _hidden(net, column, about, age) + form.kind
+            out[s.sensor] = (apply(form.mean, x), apply(form.spread, x))
             continue
         meta, _ = metadata(s)
-        weights = weighting(sense, s, t.view_angle, cfg=cfg)  # [N, V, Z]
+        weights = weighting(form, s, t.view_angle, cfg=cfg)  # [N, V, Z]
         temperature = _profile(net, _hidden(net, column, about, age), cfg) * profile  # [N, Z]
         mean = jnp.einsum("nvz,nz->nv", weights, temperature) / t.deviation
-        w, b = jnp.split(apply(sense.meta_out, meta), [cfg.width], -1)
-        r, c = jnp.split(apply(sense.meta_spread, meta), [cfg.width], -1)
+        w, b = jnp.split(apply(form.residual, meta), [cfg.width], -1)
+        r, c = jnp.split(apply(form.spread, meta), [cfg.width], -1)
         out[s.sensor] = (mean + column @ w.T + b[:, 0], column @ r.T + c[:, 0])
     return out
 
@@ -343,7 +359,7 @@ def _profile(net: Network, x: Any, cfg: NetworkConfig) -> Any:
     return x @ weights[:, :-1].T / x.shape[-1] ** 0.5 + weights[:, -1]
 
 
-def weighting(sense: Sense, s: SensorConfig, view_angle: Any, *, cfg: NetworkConfig) -> Any:
+def weighting(form: Spectral, s: SensorConfig, view_angle: Any, *, cfg: NetworkConfig) -> Any:
     """[N, V, Z] weights over the heights, which sum to 1, of each channel at view angles in degrees.
 
     They start as a bump about the peak in the channel's metadata, 0.6 wide in ln(p).
@@ -360,7 +376,7 @@ def weighting(sense: Sense, s: SensorConfig, view_angle: Any, *, cfg: NetworkCon
         ],
         -1,
     )
-    base, slant = jnp.moveaxis(apply(sense.weighting_out, jnp.tanh(apply(sense.weighting, features))), -1, 0)
+    base, slant = jnp.moveaxis(apply(form.weighting_out, jnp.tanh(apply(form.weighting, features))), -1, 0)
     layer = np.log(np.abs(np.gradient(lnp)))
     base = 3.0 * base - gap * gap / (2 * 0.6**2) + layer  # layers are unequal: weights per ln(p), times their depth
     path = 1.0 / jnp.cos(jnp.deg2rad(jnp.clip(view_angle, -70.0, 70.0))) - 1.0
@@ -385,10 +401,11 @@ def analyse(
         mask = t.mask & given[s.sensor][..., None]
         value = jnp.where(mask, jnp.clip(t.value, -_CLIP, _CLIP), 0.0)
         innovation = jnp.where(mask, jnp.clip(t.value - expected[s.sensor], -_CLIP, _CLIP), 0.0)
-        embed = sense.embed
-        if embed is None:
+        if isinstance(sense.form, Spectral):
             meta, _ = metadata(s)
-            embed = apply(sense.meta_in, meta).reshape(len(meta), 3, -1) / len(meta) ** 0.5
+            embed = apply(sense.form.embed, meta).reshape(len(meta), 3, -1) / len(meta) ** 0.5
+        else:
+            embed = sense.form.embed
         seen = mask.astype(h.dtype)
         x = jnp.concatenate([value, innovation, seen], -1) @ jnp.moveaxis(embed, 1, 0).reshape(-1, cfg.width)
         about, age = about_report(t, end, step)

@@ -124,8 +124,8 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: Any) -> np.ndarray:
-        return self.rows[i]
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.rows[index]
 
 
 def shown(rng: Any, tokens: Mapping[str, Tokens], cfg: WorldConfig, stage: StageConfig) -> dict[str, Any]:

@@ -379,7 +379,7 @@ def test_advancing_in_one_go_or_two_is_the_same(params, window):
 
 def test_weights_over_height_are_normalised_peak_where_told_and_rise_with_the_view(params):
     unseen = SensorConfig("amsua", tuple(f"brightness_temperature:{c}" for c in range(4, 11)), 10)
-    fresh = init(jax.random.key(1), network.network_specs(CFG.network, CFG.sensors, 0)).senses["amsua"]
+    fresh = init(jax.random.key(1), network.network_specs(CFG.network, CFG.sensors, 0)).senses["amsua"].form
     cfg = NetworkConfig()
     w = np.asarray(network.weighting(fresh, unseen, jnp.asarray([0.0, 30.0]), cfg=cfg))
     assert w.shape == (2, 7, len(cfg.heights))
