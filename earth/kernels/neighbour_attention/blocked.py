@@ -26,8 +26,8 @@ _AWAY = 1e18
 
 
 def block_sizes(points: int, anchors: int) -> tuple[int, int]:
-    """(points in a block, neighbours in a chunk), from sweeps on a shared Zen 4 core: 16-128 by 32-64 at three shapes up
-    to 16,384 points, 64-512 at one of them.
+    """(points in a block, neighbours in a chunk), from sweeps on a shared Zen 4 core: 16-128 by 32-64 at three shapes
+    up to 16,384 points, 64-512 at one of them.
     """
     return (32, 32) if points >= 4 * anchors else (16, 64)
 
