@@ -41,12 +41,12 @@ def denial_matrix(
 
     Returns:
       Columns given, predicted, variable, rmse, rmse_climate, rmse_regression (standard deviations about the normal),
-      n, and ratio: rmse over the smaller of the two baselines; rmse_end columns per window are in `attrs["errors"]`,
-      {(given, predicted): [windows, V, 3] mean squares of model, climate, regression}, for intervals.
+      n, and ratio: rmse over the smaller of the two baselines. For intervals `attrs["errors"]` has the mean squares of
+      each window, {(given, predicted): [windows, V, 3]}: of the model, the climate, the regression.
     """
     from tqdm import tqdm
 
-    read = jax.jit(lambda state, t, s=None: model.read(params, state, t, cfg=cfg))
+    read = jax.jit(lambda state, t: model.read(params, state, t, cfg=cfg))
     rows, errors = [], {}
     bar = tqdm(total=len(given) * len(predicted), desc="denial", disable=not progress)
     for name, sensors in given.items():

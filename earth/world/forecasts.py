@@ -18,7 +18,7 @@ import pandas as pd
 from earth import geometry
 from earth.neighbours import nearest
 from earth.observations import ObservationError
-from earth.world import model
+from earth.world import model, network
 from earth.world.model import Params, State, WorldConfig
 from earth.world.records import Record, Tokens, host_place
 
@@ -84,8 +84,7 @@ def analyse(
         window = record.window(end - k * step, rng, tokens=tokens)
         time = model.window_end(end - k * step)
         if state is None:
-            start = State(time - np.int32(step), model.network.background(params.network, params.fitted.anchors, time))
-            state = start
+            state = State(time - np.int32(step), network.background(params.network, params.fitted.anchors, time))
         shown = {name: np.full(np.shape(t.age), given is None or given.get(name, True)) for name, t in window.items()}
         state = assimilate(params, advance(params, state, 1), window, time, given=shown)
     assert state is not None
@@ -130,7 +129,7 @@ def forecast(
                 place = np.stack([wanted["latitude"].to_numpy()[own], wanted["longitude"].to_numpy()[own], height[own]])
                 age = (init + done * step - valid[own]) / np.timedelta64(3600, "s")
                 points, back = np.unique(np.concatenate([place, age[None]]).T, axis=0, return_inverse=True)
-                padded = _pad(points)
+                padded = pad(points)
                 q = queries(cfg, params.fitted.anchors, name, *padded[:, :3].T, age=padded[:, 3])
                 mean, sd = (np.asarray(x) for x in observe(params, state, name, q))
                 columns = {v: i for i, v in enumerate(cfg.sensor(name).variables)}
@@ -141,7 +140,7 @@ def forecast(
     return out[0], out[1]
 
 
-def _pad(points: np.ndarray, multiple: int = 128) -> np.ndarray:
+def pad(points: np.ndarray, multiple: int = 128) -> np.ndarray:
     """To a multiple, so that few sizes are compiled."""
     extra = -len(points) % multiple
     return np.concatenate([points, np.repeat(points[-1:], extra, 0)])

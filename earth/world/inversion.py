@@ -58,9 +58,9 @@ class Inversion:
 def features(params: Params, state: State, queries: Tokens, *, cfg: WorldConfig) -> Any:
     """[Q, F] what the trunk knows at points: the hidden layer of reading and the place."""
     net, anchors = params.network, params.fitted.anchors
-    column = network._read_column(net, state.latent, anchors, queries, cfg=cfg.network, field=cfg.field)
+    column = network.read_column(net, state.latent, anchors, queries, cfg=cfg.network, field=cfg.field)
     about, age = network.about_report(queries, state.time, cfg.step)
-    return jnp.concatenate([network._hidden(net, column, about, age), about, age], -1)
+    return jnp.concatenate([network.hidden_layer(net, column, about, age), about, age], -1)
 
 
 def fit_inversion(
@@ -96,7 +96,7 @@ def fit_inversion(
         rows = np.flatnonzero(times == time)
         state = forecasts.analyse(params, record, time, cycles=icfg.cycles, cfg=cfg, given=given)
         place = products[["latitude", "longitude", "height"]].to_numpy(float)[rows]
-        q = forecasts.queries(cfg, params.fitted.anchors, sensor, *forecasts._pad(place).T)
+        q = forecasts.queries(cfg, params.fitted.anchors, sensor, *forecasts.pad(place).T)
         found = np.asarray(collect(state, q))[: len(rows)]
         x = np.zeros((len(products), found.shape[1]), np.float32) if x is None else x
         x[rows] = found
@@ -141,6 +141,3 @@ def invert(params: Params, head: Inversion, state: State, queries: Tokens, *, cf
     """(mean [Q, P], standard deviation [Q, P]) of the products at points, in the units they were given in."""
     mean, log_spread = _answer(head, features(params, state, queries, cfg=cfg))
     return mean * head.scale + head.centre, jnp.exp(jnp.clip(log_spread, -5.0, 3.0)) * head.scale
-
-
-__all__ = ["Inversion", "InversionConfig", "features", "fit_inversion", "invert"]

@@ -115,7 +115,7 @@ def assimilate(
       given: {sensor: [N] bool} reports that may be read; all by default.
     """
     h = network.background(params.network, params.fitted.anchors, end) if state is None else state.latent
-    before = _read(params, h, tokens, end, cfg=cfg)
+    before = read_field(params, h, tokens, end, cfg=cfg)
     given = {s.sensor: jnp.ones(tokens[s.sensor].age.shape, bool) for s in cfg.sensors} if given is None else given
     h = network.analyse(
         params.network, h, params.fitted.anchors, tokens, given, {k: v[0] for k, v in before.items()}, end,
@@ -136,10 +136,10 @@ def advance(params: Params, state: State, steps: int | jax.Array = 1, *, cfg: Wo
 
 def read(params: Params, state: State, tokens: Mapping[str, Tokens], *, cfg: WorldConfig) -> dict[str, tuple[Any, Any]]:
     """{sensor: (mean, log spread) [N, V]}, in standard deviations, at tokens aged up to `step` h before the state."""
-    return _read(params, state.latent, tokens, state.time, cfg=cfg)
+    return read_field(params, state.latent, tokens, state.time, cfg=cfg)
 
 
-def _read(params: Params, h: Any, tokens: Mapping[str, Tokens], end: Any, *, cfg: WorldConfig) -> dict[str, Any]:
+def read_field(params: Params, h: Any, tokens: Mapping[str, Tokens], end: Any, *, cfg: WorldConfig) -> dict[str, Any]:
     return network.read(
         params.network, h, params.fitted.anchors, tokens, end, cfg=cfg.network, field=cfg.field,
         sensors=tuple(s for s in cfg.sensors if s.sensor in tokens), step=cfg.step, profile=params.fitted.profile,

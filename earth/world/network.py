@@ -298,7 +298,7 @@ def step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfi
     return h
 
 
-def _read_column(
+def read_column(
     net: Network, h: Any, anchors: Anchors, t: Tokens, *, cfg: NetworkConfig, field: FieldConfig, height: Any = None
 ) -> Any:
     """What the field says at reports, before their height is looked at: [N, D]."""
@@ -313,7 +313,7 @@ def _read_column(
     return out.reshape(n, -1)
 
 
-def _hidden(net: Network, column: Any, about: Any, age: Any) -> Any:
+def hidden_layer(net: Network, column: Any, about: Any, age: Any) -> Any:
     """[..., 2 D]: column and height meet: additively under a gelu, and multiplicatively."""
     x = apply(net.hidden, column) + age[..., :1] * apply(net.tendency, column)
     x = x + apply(net.about, jnp.concatenate([about, age], -1))
@@ -332,16 +332,16 @@ def read(
     out = {}
     for s in sensors:
         t, sense = tokens[s.sensor], net.senses[s.sensor]
-        column = _read_column(net, h, anchors, t, cfg=cfg, field=field)
+        column = read_column(net, h, anchors, t, cfg=cfg, field=field)
         about, age = about_report(t, end, step)
         form = sense.form
         if isinstance(form, Direct):
-            x = _hidden(net, column, about, age) + form.kind
+            x = hidden_layer(net, column, about, age) + form.kind
             out[s.sensor] = (apply(form.mean, x), apply(form.spread, x))
             continue
         meta, _ = metadata(s)
         weights = weighting(form, s, t.view_angle, cfg=cfg)  # [N, V, Z]
-        temperature = _profile(net, _hidden(net, column, about, age), cfg) * profile  # [N, Z]
+        temperature = _profile(net, hidden_layer(net, column, about, age), cfg) * profile  # [N, Z]
         mean = jnp.einsum("nvz,nz->nv", weights, temperature) / t.deviation
         w, b = jnp.split(apply(form.residual, meta), [cfg.width], -1)
         r, c = jnp.split(apply(form.spread, meta), [cfg.width], -1)

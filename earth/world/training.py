@@ -159,7 +159,7 @@ def run(
     def cycle(h, x):
         t, end, g = x
         h = network.step(net, h, anchors, end, cfg=cfg.network)
-        before = model._read(params, h, t, end, cfg=cfg)
+        before = model.read_field(params, h, t, end, cfg=cfg)
         h = network.analyse(
             net, h, anchors, t, g, {k: jax.lax.stop_gradient(v[0]) for k, v in before.items()}, end, cfg=cfg.network,
             field=cfg.field, sensors=cfg.sensors, step=cfg.step,
@@ -169,7 +169,7 @@ def run(
     def forecast(h, x):
         t, end = x
         h = network.step(net, h, anchors, end, cfg=cfg.network)
-        return h, model._read(params, h, t, end, cfg=cfg)
+        return h, model.read_field(params, h, t, end, cfg=cfg)
 
     if remat:
         cycle, forecast = jax.checkpoint(cycle), jax.checkpoint(forecast)
@@ -177,7 +177,7 @@ def run(
     h = network.background(net, anchors, time[0])
     h, before = jax.lax.scan(cycle, h, (first, time[:cycles], given))
     at = {k: jax.tree.map(lambda x: x[cycles - 1], t) for k, t in tokens.items()}
-    now = model._read(params, h, at, time[cycles - 1], cfg=cfg)
+    now = model.read_field(params, h, at, time[cycles - 1], cfg=cfg)
     after = None
     if leads:
         rest = {k: jax.tree.map(lambda x: x[cycles:], t) for k, t in tokens.items()}
