@@ -1,5 +1,6 @@
 """Presets of the global model (`earth.world`) on the simulated observing system of `configs.osse_global` (all ours)."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,32 @@ def _radiometer(sensor: str, channels: tuple[int, ...], tokens: int) -> SensorCo
     return SensorConfig(sensor, tuple(f"{_TB}:{c}" for c in channels), tokens)
 
 
-def t21() -> WorldConfig:
-    """Columns 1,000 km apart, steps of 12 hours."""
+def benchmark() -> WorldConfig:
+    """For `osse_global.benchmark`: columns 1,000 km apart, steps of 12 hours."""
     return WorldConfig(
         sensors=(
             SensorConfig("station", _SURFACE, 200, fixed=True),
-            SensorConfig("radiosonde", (*_UPPER, "specific_humidity"), 300),
+            SensorConfig("radiosonde", _UPPER, 300),
             _radiometer("simulated_amsua", (2, 4, 5, 6, 7, 8), 250),
             _radiometer("simulated_atms", (3, 4, 6, 7, 8, 10), 250),
-            _radiometer("simulated_geo_imager", (1, 2, 3), 100),
             SensorConfig("scatterometer", _SURFACE[2:], 100),
             SensorConfig("aircraft", _UPPER, 150),
             SensorConfig("ship", _SURFACE, 60),
         ),
         field=FieldConfig(anchors=512, neighbours=8, reach=20),
         network=NetworkConfig(),
+        normals=tuple(("radiosonde", name, height) for name in _UPPER for height in (1500.0, 5500.0, 11000.0)),
+        shared=(("radiosonde", "aircraft"),),
     )
+
+
+def t21() -> WorldConfig:
+    """For `osse_global.t21`: with humidity and a geostationary imager."""
+    base = benchmark()
+    humid = {"radiosonde": (*_UPPER, "specific_humidity")}
+    sensors = [dataclasses.replace(s, variables=humid[s.sensor]) if s.sensor in humid else s for s in base.sensors]
+    sensors.insert(4, _radiometer("simulated_geo_imager", (1, 2, 3), 100))
+    return dataclasses.replace(base, sensors=tuple(sensors))
 
 
 def tiny() -> WorldConfig:
@@ -57,8 +68,8 @@ def tiny() -> WorldConfig:
 def training() -> TrainConfig:
     return TrainConfig(
         stages=(
-            StageConfig("short", 4000, cycles=2, leads=2, learning_rate=2e-3),
-            StageConfig("long", 4000, cycles=4, leads=4, learning_rate=1e-3),
+            StageConfig("short", 6000, cycles=2, leads=2, learning_rate=2e-3),
+            StageConfig("long", 5000, spin=2, cycles=2, leads=4, learning_rate=1e-3),
         )
     )
 

@@ -44,6 +44,40 @@ def unit_vector(latitude: Float[Array, "*#n"], longitude: Float[Array, "*#n"]) -
     return jnp.stack([jnp.cos(lat) * jnp.cos(lon), jnp.cos(lat) * jnp.sin(lon), jnp.sin(lat)], -1)
 
 
+def harmonics(latitude: Any, longitude: Any, degree: int, *, xp: Any = jnp) -> Any:
+    """Real spherical harmonics to `degree`: [..., K], K = (degree + 1)^2, degree by degree (`harmonic_degrees`),
+    normalised to a mean square of 1 on the sphere.
+
+    Args:
+      latitude, longitude: degrees.
+      xp: jax.numpy, or numpy for float64 on the host.
+    """
+    x, c = xp.sin(xp.deg2rad(latitude)), xp.cos(xp.deg2rad(latitude))
+    lon = xp.deg2rad(longitude)
+    legendre: dict[tuple[int, int], Any] = {(0, 0): xp.ones_like(x)}
+    for m in range(1, degree + 1):  # stable recurrences of the fully normalised functions
+        legendre[m, m] = (1.0 if m > 1 else 2**0.5) * ((2 * m + 1) / (2 * m)) ** 0.5 * c * legendre[m - 1, m - 1]
+    for m in range(degree + 1):
+        for n in range(m + 1, degree + 1):
+            a = ((2 * n + 1) * (2 * n - 1) / ((n - m) * (n + m))) ** 0.5
+            term = a * x * legendre[n - 1, m]
+            if n > m + 1:
+                b = ((2 * n + 1) * (n + m - 1) * (n - m - 1) / ((2 * n - 3) * (n - m) * (n + m))) ** 0.5
+                term = term - b * legendre[n - 2, m]
+            legendre[n, m] = term
+    parts = []
+    for n in range(degree + 1):
+        parts.append(legendre[n, 0] + 0.0 * lon)
+        for m in range(1, n + 1):
+            parts += [legendre[n, m] * xp.cos(m * lon), legendre[n, m] * xp.sin(m * lon)]
+    return xp.stack(parts, -1)
+
+
+def harmonic_degrees(degree: int) -> np.ndarray:
+    """[K] degree of each of `harmonics`."""
+    return np.repeat(np.arange(degree + 1), 2 * np.arange(degree + 1) + 1)
+
+
 def distance_km(
     lat_a: Float[Array, "*#n a"],
     lon_a: Float[Array, "*#n a"],
@@ -101,14 +135,18 @@ def seasonal_features(time: Int[Array, "*#n"], *, annual: int, daily: int) -> Fl
     return outer.reshape(*time.shape, (1 + 2 * annual) * (1 + 2 * daily))
 
 
+def solar_angle(time: Int[Array, "*#n"], longitude: Float[Array, "*#n"]) -> Float[Array, "*#n"]:
+    """Mean solar time as an angle in radians, 0 at midnight."""
+    return _angles(time)[1] + jnp.deg2rad(longitude)
+
+
 def clock_features(time: Int[Array, "*#n"], longitude: Float[Array, "*#n"]) -> Float[Array, "*#n 6"]:
     """Two harmonics of mean solar time and one of the year: what a network is told of the clock.
 
     Higher annual harmonics are left out on purpose: with under two years of record they let a network memorise dates
     (measured: validation error rises), and the climate normal already carries them.
     """
-    annual, utc = _angles(time)
-    solar = utc + jnp.deg2rad(longitude)
+    annual, solar = _angles(time)[0], solar_angle(time, longitude)
     parts = [jnp.cos(solar), jnp.sin(solar), jnp.cos(2 * solar), jnp.sin(2 * solar), jnp.cos(annual), jnp.sin(annual)]
     return jnp.stack(parts, -1)
 

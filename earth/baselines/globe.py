@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from earth.baselines.panel import BaselineError
-from earth.geometry import standard_pressure
+from earth.geometry import harmonic_degrees, harmonics, standard_pressure
 
 MODELS = ("climatology", "persistence", "oi_persistence", "oi_damped", "var", "oi_var")
 QUANTITIES = ("temperature", "u_component_of_wind", "v_component_of_wind", "surface_pressure")
@@ -165,34 +165,10 @@ def reports_of(table: pd.DataFrame) -> Reports:
 
 
 # ---- climatology
-def harmonics(
-    latitude: Float[np.ndarray, " n"], longitude: Float[np.ndarray, " n"], degree: int
-) -> tuple[Float[np.ndarray, "n H"], np.ndarray]:
-    """Real spherical harmonics of mean square 1 over the sphere up to a degree, and the degree of each [H]."""
-    sine, cosine = np.sin(np.deg2rad(latitude)), np.cos(np.deg2rad(latitude))
-    turn = np.deg2rad(longitude)
-    columns: list[np.ndarray] = []
-    degrees: list[int] = []
-    top = np.ones_like(sine)
-    for order in range(degree + 1):
-        if order:
-            top = top * cosine * math.sqrt((2 * order + 1) / (2 * order))
-        before, here = np.zeros_like(sine), top
-        for n in range(order, degree + 1):
-            if n > order:
-                a = math.sqrt((4 * n * n - 1) / (n * n - order * order))
-                b = math.sqrt(((n - 1) ** 2 - order**2) / (4 * (n - 1) ** 2 - 1)) if n > order + 1 else 0.0
-                before, here = here, a * (sine * here - b * before)
-            waves = [np.ones_like(turn)] if order == 0 else [np.cos(order * turn), np.sin(order * turn)]
-            for wave in waves:
-                columns.append(here * wave * (math.sqrt(2) if order else 1.0))
-                degrees.append(n)
-    return np.stack(columns, -1), np.asarray(degrees)
-
-
 def _features(points: Points, surface: bool) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, F] of a normal and the relative penalty [F] of each."""
-    mean, degrees = harmonics(points.latitude, points.longitude, 8 if surface else 6)
+    top = 8 if surface else 6
+    mean, degrees = harmonics(points.latitude, points.longitude, top, xp=np), harmonic_degrees(top)
     low = mean[:, degrees <= 3]
     # A climate's spectrum is red: the prior variance of a coefficient falls with the sixth power of its degree.
     smooth = 1e-5 + (degrees * (degrees + 1) / 40.0) ** 3

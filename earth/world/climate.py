@@ -3,18 +3,20 @@
     normal = fit_climate(reports, seed=0)            # on training reports only
     z = (value - mean) / sd;   mean, sd = climate(normal, latitude, longitude, height, view_angle, time, platform)
 
-The mean is one ridge regression per variable on spherical harmonics, their products with height and with harmonics of
-the solar time, and for radiometers powers of the view angle (the limb is darker); fixed platforms keep what their own
-reports add, shrunk by how many there are. The deviation comes from a regression of the logarithm of the squared
-residual on the coarser of the same features. `surface_pressure` is regressed divided by the standard atmosphere's ratio
-at the height of the report. There is no yearly cycle: give a record shorter than a season, or one without seasons
-(ours, and a limit).
+The mean is one ridge regression per variable on spherical harmonics, their products with polynomials of height and with
+harmonics of the solar time, and for radiometers powers of the view angle (the limb is darker); fixed platforms keep
+what their own reports add, shrunk by how many there are. A climate's spectrum is red: the penalty grows with the sixth
+power of the degree, and its strength is the one that predicts left-out platforms best (left-out days, where there are
+few platforms), so that normals of sparse networks carry to other places. The deviation comes from a regression of the
+logarithm of the squared residual on zonal harmonics and height, chosen alike. `surface_pressure` is regressed divided
+by the standard atmosphere's ratio at the height of the report. There is no yearly cycle: give a record shorter than a
+season, or one without seasons (ours, and a limit).
 
 Shapes: n reports, V variables, F features, P platforms.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -28,12 +30,15 @@ from earth.observations import EmptyWindowError, Reports
 from moe.params import Param
 
 DEGREE = 8
-_HEIGHT_DEGREE, _HEIGHT_POWERS = 4, 4
-_CLOCK_DEGREE = 2
+_HEIGHT_DEGREE, _HEIGHT_POWERS = 5, 5
+_CLOCK_DEGREE = 3
 _VIEW_DEGREE, _VIEW_POWERS = 4, 4
-_SPREAD_DEGREE = 4
+_SPREAD_DEGREE = 6
 _ROWS = 60_000
 _PSEUDO_REPORTS = 10.0
+_FOLDS = 8
+_DAYS = 5  # of a fold where platforms are few: longer than weather remembers
+_STRENGTHS = tuple(10.0**k for k in np.arange(-8.0, 2.5, 0.5))
 REDUCED = ("surface_pressure",)
 
 
@@ -57,54 +62,52 @@ class Climate:
     reduced: Param
 
 
-def harmonics(latitude: Float[Array, "*#n"], longitude: Float[Array, "*#n"], degree: int) -> Float[Array, "*#n K"]:
-    """Real spherical harmonics to `degree`, K = (degree + 1)^2, normalised to a mean square of 1 on the sphere."""
-    x = jnp.sin(jnp.deg2rad(latitude))
-    c = jnp.cos(jnp.deg2rad(latitude))
-    lon = jnp.deg2rad(longitude)
-    legendre: dict[tuple[int, int], Any] = {(0, 0): jnp.ones_like(x)}
-    for m in range(1, degree + 1):  # stable recurrences of the fully normalised functions
-        legendre[m, m] = (1.0 if m > 1 else 2**0.5) * ((2 * m + 1) / (2 * m)) ** 0.5 * c * legendre[m - 1, m - 1]
-    for m in range(degree + 1):
-        for n in range(m + 1, degree + 1):
-            a = ((2 * n + 1) * (2 * n - 1) / ((n - m) * (n + m))) ** 0.5
-            term = a * x * legendre[n - 1, m]
-            if n > m + 1:
-                b = ((2 * n + 1) * (n + m - 1) * (n - m - 1) / ((2 * n - 3) * (n - m) * (n + m))) ** 0.5
-                term = term - b * legendre[n - 2, m]
-            legendre[n, m] = term
-    parts = []
-    for n in range(degree + 1):
-        parts.append(legendre[n, 0] + 0.0 * lon)
-        for m in range(1, n + 1):
-            parts += [legendre[n, m] * jnp.cos(m * lon), legendre[n, m] * jnp.sin(m * lon)]
-    return jnp.stack(parts, -1)
+def _product(a: Any, b: Any) -> Any:
+    return (a[..., :, None] * b[..., None, :]).reshape(*a.shape[:-1], -1)
+
+
+def _zonal(degree: int) -> np.ndarray:
+    return np.arange(degree + 1) ** 2  # where `harmonics` has them
 
 
 def _features(climate: Climate, latitude, longitude, height, view_angle, time) -> tuple[Any, Any]:
-    """(features of the mean [..., F], of the deviation [..., G])."""
-    y = harmonics(latitude, longitude, DEGREE)
-    z = jnp.clip((height - climate.centre) / climate.scale, -2.0, 2.0)
-    powers = jnp.stack([z**k for k in range(1, _HEIGHT_POWERS + 1)], -1)
-    _, utc = geometry._angles(time)
-    solar = utc + jnp.deg2rad(longitude)
+    """(features of the mean [..., F], of the deviation [..., G]); `_penalties` goes with them."""
+    y = geometry.harmonics(latitude, longitude, DEGREE)
+    z = jnp.clip((height - climate.centre) / climate.scale, -1.05, 1.05)
+    chebyshev = [z, 2 * z * z - 1]
+    while len(chebyshev) < _HEIGHT_POWERS:
+        chebyshev.append(2 * z * chebyshev[-1] - chebyshev[-2])
+    powers = jnp.stack(chebyshev, -1)
+    solar = geometry.solar_angle(time, longitude)
     clock = jnp.stack([jnp.cos(solar), jnp.sin(solar), jnp.cos(2 * solar), jnp.sin(2 * solar)], -1)
     s = view_angle / climate.view
     view = jnp.stack([s**k for k in range(1, _VIEW_POWERS + 1)], -1)
-    zonal = [n * n for n in range(DEGREE + 1)]
-
-    def product(a, b):
-        return (a[..., :, None] * b[..., None, :]).reshape(*a.shape[:-1], -1)
-
-    low = y[..., : (_HEIGHT_DEGREE + 1) ** 2]
     mean = [
         y,
-        product(low, powers),
-        product(y[..., : (_CLOCK_DEGREE + 1) ** 2], clock),
-        product(y[..., np.array(zonal[: _VIEW_DEGREE + 1])], view),
+        _product(y[..., : (_HEIGHT_DEGREE + 1) ** 2], powers),
+        _product(y[..., : (_CLOCK_DEGREE + 1) ** 2], clock),
+        _product(y[..., _zonal(_VIEW_DEGREE)], view),
     ]
-    coarse = y[..., : (_SPREAD_DEGREE + 1) ** 2]
-    return jnp.concatenate(mean, -1), jnp.concatenate([coarse, product(y[..., np.array(zonal[:5])], powers)], -1)
+    zonal = y[..., _zonal(_SPREAD_DEGREE)]
+    return jnp.concatenate(mean, -1), jnp.concatenate([zonal, _product(zonal, powers)], -1)
+
+
+def _penalties() -> tuple[np.ndarray, np.ndarray]:
+    """Relative penalties ([F], [G]) of `_features`: the inverse of the variance expected of each coefficient."""
+
+    def smooth(degrees):
+        return 1e-5 + (degrees * (degrees + 1) / 40.0) ** 3
+
+    def bent(degrees):  # with height
+        k = np.arange(1, _HEIGHT_POWERS + 1)
+        return (smooth(degrees)[:, None] * (1 + k) + 1e-4 * k**2).ravel()
+
+    y = geometry.harmonic_degrees(DEGREE)
+    clock = 0.03 + smooth(y[y <= _CLOCK_DEGREE])[:, None] * np.array([1.0, 1.0, 2.0, 2.0])
+    view = smooth(np.arange(_VIEW_DEGREE + 1))[:, None] + 1e-4 * np.arange(1, _VIEW_POWERS + 1)
+    zonal = np.arange(_SPREAD_DEGREE + 1)
+    mean = np.concatenate([smooth(y), bent(y[y <= _HEIGHT_DEGREE]), clock.ravel(), view.ravel()])
+    return mean, np.concatenate([smooth(zonal), bent(zonal)])
 
 
 def climate(
@@ -125,19 +128,59 @@ def climate(
     return value * ratio, jnp.exp(spread @ normal.spread) * ratio
 
 
-def fit_climate(reports: Reports, *, sites: bool, seed: int = 0) -> Climate:
+def pool(reports: Sequence[Reports], *, rows: int = _ROWS, seed: int = 0) -> Reports:
+    """Reports of several sensors as one, with all their variables: for sensors that measure the same, whose normals one
+    fit then shares (sondes say where the air is at any height, aircraft where nobody launches).
+
+    Args:
+      reports: of each sensor; heights as for `fit_climate`.
+      rows: drawn of each at most, so that a frequent sensor does not drown a rare one.
+    """
+    rng = np.random.default_rng(seed)
+    variables = tuple(dict.fromkeys(name for r in reports for name in r.variables))
+    parts: dict[str, list[np.ndarray]] = {
+        k: [] for k in ("platform", "time", "latitude", "longitude", "height", "values", "view_angle")
+    }
+    platforms: list[str] = []
+    for r in reports:
+        own = np.sort(rng.choice(len(r), min(len(r), rows), replace=False))
+        values = np.full((len(own), len(variables)), np.nan)
+        values[:, [variables.index(name) for name in r.variables]] = r.values[own]
+        parts["values"].append(values)
+        parts["platform"].append(r.platform[own] + len(platforms))
+        parts["view_angle"].append(np.zeros(len(own)) if r.view_angle is None else r.view_angle[own])
+        for name in ("time", "latitude", "longitude", "height"):
+            parts[name].append(getattr(r, name)[own])
+        platforms += [f"{r.sensor}/{name}" for name in r.platforms]
+    joined = {name: np.concatenate(part) for name, part in parts.items()}
+    order = np.lexsort((joined["time"], joined["platform"]))
+    joined = {name: part[order] for name, part in joined.items()}
+    joined["platform"] = joined["platform"].astype(np.int32)
+    return Reports(reports[0].sensor, variables, tuple(platforms), **joined)
+
+
+def columns(normal: Climate, index: Sequence[int]) -> Climate:
+    """The normal of some of its variables, for any platform."""
+    i = list(index)
+    return dataclasses.replace(
+        normal, mean=normal.mean[:, i], spread=normal.spread[:, i], site=normal.site[:0, i], reduced=normal.reduced[i]
+    )
+
+
+def fit_climate(reports: Reports, *, sites: bool, rows: int = _ROWS, seed: int = 0) -> Climate:
     """The normal of one sensor's reports.
 
     Args:
       reports: training reports; heights must be finite (`earth.world.records`).
       sites: platforms stand still, and keep what their own reports add.
-      seed: of the rows drawn, at most 60,000.
+      rows: drawn at most.
+      seed: of the rows drawn and of the folds.
 
     Raises:
       EmptyWindowError: no value of a variable.
     """
     rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(len(reports), min(len(reports), _ROWS), replace=False))
+    own = np.sort(rng.choice(len(reports), min(len(reports), rows), replace=False))
     v = len(reports.variables)
     counts = np.isfinite(reports.values).sum(0)
     if not counts.all():
@@ -145,25 +188,27 @@ def fit_climate(reports: Reports, *, sites: bool, seed: int = 0) -> Climate:
             f"{reports.sensor}: no value of {reports.variables[int(counts.argmin())]!r} in the training reports; "
             "leave the variable out"
         )
-    height = reports.height[rows]
-    view = np.zeros(len(rows)) if reports.view_angle is None else reports.view_angle[rows]
+    height = reports.height[own]
+    view = np.zeros(len(own)) if reports.view_angle is None else reports.view_angle[own]
     limit = max(float(np.abs(view).max(initial=0.0)), 1.0)
-    centre, scale = float(height.mean()), max(float(np.abs(height - height.mean()).max()), 100.0)
+    centre, scale = float(height.min() + height.max()) / 2, max(float(np.ptp(height)) / 2, 100.0)
     reduced = np.array([name in REDUCED for name in reports.variables], np.float32)
     shell = Climate(
         *(np.zeros((0, v), np.float32) for _ in range(3)),
         centre=np.float32(centre), scale=np.float32(scale), view=np.float32(limit), reduced=reduced,
     )  # fmt: skip
-    time = geometry.seconds(reports.times[rows])
-    at = [np.float32(x) for x in (reports.latitude[rows], reports.longitude[rows], height, view)]
+    time = geometry.seconds(reports.times[own])
+    at = [np.float32(x) for x in (reports.latitude[own], reports.longitude[own], height, view)]
     ratio = 1.0 + reduced * (np.asarray(geometry.standard_pressure_ratio(height))[:, None] - 1.0)
-    values = reports.values[rows] / ratio
+    values = reports.values[own] / ratio
     features, coarse = (np.asarray(part, np.float64) for part in _features(shell, at[0], at[1], at[2], at[3], time))
-    mean = _ridge(features, values, 1e-4)
+    fold = _folds(reports.platform[own], time, rng)
+    smooth, coarse_smooth = _penalties()
+    mean = _ridge(features, values, smooth, fold)
     residual = values - features @ mean
     site = np.zeros((len(reports.platforms) if sites else 0, v))
     if sites:
-        owner = reports.platform[rows]
+        owner = reports.platform[own]
         for i in range(v):
             known = np.isfinite(residual[:, i])
             total = np.bincount(owner[known], residual[known, i], len(reports.platforms))
@@ -171,7 +216,7 @@ def fit_climate(reports: Reports, *, sites: bool, seed: int = 0) -> Climate:
             site[:, i] = total / (count + _PSEUDO_REPORTS)
         residual = residual - site[owner]
     floor = 1e-4 * np.nanstd(residual, 0) + 1e-12
-    spread = 0.5 * _ridge(coarse, np.log(residual**2 + floor**2), 1e-3)
+    spread = 0.5 * _ridge(coarse, np.log(residual**2 + floor**2), coarse_smooth, fold)
     # E log r^2 lies below log E r^2: one factor puts the mean square of the standardised residual at 1.
     spread[0] += 0.5 * np.log(np.nanmean((residual / np.exp(coarse @ spread)) ** 2, 0) + 1e-12)
     return dataclasses.replace(
@@ -179,22 +224,44 @@ def fit_climate(reports: Reports, *, sites: bool, seed: int = 0) -> Climate:
     )
 
 
-def _ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> np.ndarray:
-    """[F, V] ridge coefficients, the penalty in units of the mean square of the features; the constant is free, NaN
-    targets are left out. Variables that miss the same rows share a factorisation.
+def _folds(platform: np.ndarray, time: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Fold [n] of each report: whole platforms, or where they are fewer than twice the folds, blocks of days."""
+    names, owner = np.unique(platform, return_inverse=True)
+    if len(names) < 2 * _FOLDS:
+        names, owner = np.unique(time // (_DAYS * 86400), return_inverse=True)
+    return (rng.permutation(len(names)) % _FOLDS)[owner]
+
+
+def _ridge(features: np.ndarray, targets: np.ndarray, penalty: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """[F, V] ridge coefficients; the strength of the penalty is chosen for each target by leaving folds out. The first
+    feature is the constant and free, NaN targets are left out.
     """
-    known = np.isfinite(targets)
     out = np.zeros((features.shape[1], targets.shape[1]))
-    patterns, which = np.unique(known, axis=1, return_inverse=True)
-    for i in range(patterns.shape[1]):
-        columns = np.flatnonzero(which.ravel() == i)
-        rows = patterns[:, i]
-        x, y = features[rows], targets[np.ix_(rows, columns)]
-        gram = x.T @ x / len(x)
-        size = np.trace(gram) / len(gram)
-        weight = np.full(len(gram), penalty * size)
-        weight[0] = 0.0
-        out[:, columns] = np.linalg.solve(gram + np.diag(weight + 1e-9 * size), x.T @ y / len(x))
+    weight = np.where(np.arange(len(penalty)) == 0, 0.0, penalty)
+    for i, y in enumerate(targets.T):
+        rows = np.isfinite(y)
+        offset = float(y[rows].mean())
+        grams, moments, squares = [], [], []
+        for f in np.unique(fold[rows]):
+            own = rows & (fold == f)
+            x, t = features[own], y[own] - offset
+            grams.append(x.T @ x)
+            moments.append(x.T @ t)
+            squares.append(t @ t)
+        gram, moment, count = np.sum(grams, 0), np.sum(moments, 0), rows.sum()
+        floor = 1e-10 * count
+
+        def solve(a, b, strength, floor=floor, count=count):
+            return np.linalg.solve(a + np.diag(count * strength * weight + floor), b)
+
+        errors = []
+        for strength in _STRENGTHS if len(grams) > 1 else ():
+            found = [solve(gram - g, moment - m, strength) for g, m in zip(grams, moments, strict=True)]
+            parts = zip(found, grams, moments, squares, strict=True)
+            errors.append(sum(w @ g @ w - 2 * w @ m + s for w, g, m, s in parts))
+        best = _STRENGTHS[int(np.argmin(errors))] if errors else _STRENGTHS[-1]
+        out[:, i] = solve(gram, moment, best)
+        out[0, i] += offset
     return out
 
 

@@ -94,7 +94,7 @@ def analyse(
 def forecast(
     params: Params, record: Record, wanted: pd.DataFrame, *, cycles: int, cfg: WorldConfig,
     sensors: Mapping[str, str] | None = None, tokens: Mapping[str, int] | None = None,
-    given: Mapping[str, bool] | None = None, progress: bool = True,
+    given: Mapping[str, bool] | None = None, carry: bool = False, progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(prediction, standard deviation) [n], SI, of every row of a frame; NaN for variables the model does not have.
 
@@ -103,6 +103,8 @@ def forecast(
       wanted: columns init_time, valid_time, group, variable, latitude, longitude, height, pressure (NaN where the
         height counts).
       sensors: which sensor answers for a group; the group's own name by default.
+      carry: each analysis goes on from the one before where whole steps lie between them, as a centre would cycle;
+        otherwise every initial time starts from nothing, `cycles` windows earlier.
     """
     from tqdm import tqdm
 
@@ -114,8 +116,15 @@ def forecast(
     valid = wanted["valid_time"].to_numpy("datetime64[s]")
     step = np.timedelta64(round(cfg.step * 3600), "s")
     starts = np.unique(wanted["init_time"].to_numpy("datetime64[s]"))
+    last, analysis = None, None
     for init in tqdm(starts, desc="forecasts", disable=not progress):
-        state = analyse(params, record, init, cycles=cycles, cfg=cfg, tokens=tokens, given=given)
+        go_on = carry and last is not None and not (init - last) % step
+        windows = int((init - last) // step) if go_on else cycles
+        analysis = analyse(
+            params, record, init, cycles=windows, cfg=cfg, tokens=tokens, given=given,
+            state=analysis if go_on else None,
+        )  # fmt: skip
+        last, state = init, analysis
         rows = np.flatnonzero(wanted["init_time"].to_numpy("datetime64[s]") == init)
         ahead = -((init - valid[rows]) // step)  # whole steps that reach the valid time
         done = 0

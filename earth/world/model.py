@@ -22,7 +22,7 @@ import numpy as np
 from earth import geometry
 from earth.observations import Reports
 from earth.world import network
-from earth.world.climate import Climate, climate, fit_climate
+from earth.world.climate import Climate, climate, columns, fit_climate, pool
 from earth.world.field import Anchors, FieldConfig, make_anchors
 from earth.world.network import Network, NetworkConfig
 from earth.world.records import SensorConfig, Tokens, select
@@ -38,6 +38,9 @@ class WorldConfig:
       step: hours of a window, and of a step of the dynamics.
       temperature: (sensor, variable) in situ whose normal gives the deviation of temperature with height, the unit of
         what radiometers weigh; None takes 5 K everywhere.
+      normals: (sensor, variable, height in m) of normals that the anchors are told: anomalies live on a mean state that
+        carries them, and the network knows no longitude to learn it by.
+      shared: groups of sensors, none of them fixed, that measure the same: one normal is fitted to all of a group.
     """
 
     sensors: tuple[SensorConfig, ...]
@@ -45,11 +48,18 @@ class WorldConfig:
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     step: float = 12.0
     temperature: tuple[str, str] | None = ("radiosonde", "temperature")
+    normals: tuple[tuple[str, str, float], ...] = ()
+    shared: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self):
         names = [s.sensor for s in self.sensors]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"sensors {names} must be at least one, each once")
+        known = {s.sensor: s.fixed for s in self.sensors}
+        grouped = [name for group in self.shared for name in group]
+        bad = [name for name in grouped if known.get(name, True) or grouped.count(name) > 1]
+        if bad:
+            raise ValueError(f"shared {self.shared}: {bad[0]!r} is fixed, in two groups or not among {names}")
         if not self.step > 0:
             raise ValueError(f"step {self.step} h must be above 0")
 
@@ -85,7 +95,17 @@ class State:
 
 def fit(reports: Mapping[str, Reports], cfg: WorldConfig, *, statics: Any = None, seed: int = 0) -> Fitted:
     """The closed-form part, from training reports."""
-    normals = {s.sensor: fit_climate(select(reports, s), sites=s.fixed, seed=seed) for s in cfg.sensors}
+    grouped = {name for group in cfg.shared for name in group}
+    normals = {
+        s.sensor: fit_climate(select(reports, s), sites=s.fixed, seed=seed)
+        for s in cfg.sensors
+        if s.sensor not in grouped
+    }
+    for group in cfg.shared:
+        pooled = pool([select(reports, cfg.sensor(name)) for name in group], seed=seed)
+        joint = fit_climate(pooled, sites=False, rows=len(pooled), seed=seed)
+        for name in group:
+            normals[name] = columns(joint, [pooled.variables.index(v) for v in cfg.sensor(name).variables])
     heights = np.asarray(cfg.network.heights, np.float32)
     profile = np.full(len(heights), 5.0, np.float32)
     if cfg.temperature is not None:
@@ -95,7 +115,24 @@ def fit(reports: Mapping[str, Reports], cfg: WorldConfig, *, statics: Any = None
         zero = np.zeros_like(latitude, np.float32)
         _, sd = climate(normals[name], latitude, zero, heights + zero, zero, np.zeros(latitude.shape, np.int32))
         profile = np.sqrt(np.mean(np.asarray(sd)[..., about.variables.index(variable)] ** 2, 0))
-    return jax.tree.map(jnp.asarray, Fitted(normals, make_anchors(cfg.field, statics), profile.astype(np.float32)))
+
+    def told(latitude, longitude):
+        ground = [np.asarray(statics(latitude, longitude), np.float32)] if statics else []
+        return np.concatenate([*ground, _told_normals(normals, cfg, latitude, longitude)], -1)
+
+    return jax.tree.map(jnp.asarray, Fitted(normals, make_anchors(cfg.field, told), profile.astype(np.float32)))
+
+
+def _told_normals(normals: Mapping[str, Climate], cfg: WorldConfig, latitude: Any, longitude: Any) -> np.ndarray:
+    """[M, n] of `cfg.normals`, each with mean 0 and deviation 1 over the anchors."""
+    zero = np.zeros_like(latitude, np.float32)
+    out = [zero[:, None][:, :0]]
+    for name, variable, height in cfg.normals:
+        column = cfg.sensor(name).variables.index(variable)
+        mean, _ = climate(normals[name], latitude, longitude, zero + height, zero, np.zeros(zero.shape, np.int32))
+        x = np.asarray(mean)[:, [column]]
+        out.append((x - x.mean()) / (x.std() + 1e-6))
+    return np.concatenate(out, -1)
 
 
 def assimilate(

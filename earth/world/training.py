@@ -1,8 +1,9 @@
 """Training the global model: chains of analyses, then a forecast, scored by every report on the way.
 
-A sample is `cycles` windows that are assimilated one after the other from nothing, and `leads` windows that the model
-forecasts. Every window after the first is scored before it is assimilated (a one-step forecast of every sensor), the
-last analysis is scored on what was hidden from it (whole sensors, and some reports: the masked autoencoder of the
+A sample is `spin` windows that are assimilated one after the other from nothing, so that the chain starts from a state
+as good as in use, without gradients; `cycles` windows more; and `leads` windows that the model forecasts. Every window
+of the cycles (without a spin, after the first) is scored before it is assimilated (a one-step forecast of all sensors),
+the last analysis is scored on what was hidden from it (whole sensors, and some reports: the masked autoencoder of the
 paper's figure), and every forecast window on all its reports. Curriculum: stages with more cycles and leads.
 """
 
@@ -33,7 +34,7 @@ class StageConfig:
 
     Attributes:
       name: of its directory. steps: of the optimiser.
-      cycles, leads: windows assimilated and forecast.
+      cycles, leads: windows assimilated and forecast. spin: windows assimilated before them, without gradients.
       learning_rate, weight_decay, warmup: of AdamW with cosine decay to 2 %.
       hide: probability that a whole sensor is hidden from a sample; always one at least is shown.
       keep: share of the reports of the last window that its analysis may read.
@@ -45,6 +46,7 @@ class StageConfig:
     steps: int
     cycles: int = 3
     leads: int = 4
+    spin: int = 0
     learning_rate: float = 2e-3
     weight_decay: float = 0.02
     warmup: int = 200
@@ -54,8 +56,11 @@ class StageConfig:
     remat: bool = False
 
     def __post_init__(self):
-        if self.cycles < 1 or self.leads < 0 or self.steps < 1 or self.batch < 1:
-            raise ValueError(f"stage {self.name!r}: cycles {self.cycles} and steps and batch start at 1, leads at 0")
+        if self.cycles < 1 or self.leads < 0 or self.spin < 0 or self.steps < 1 or self.batch < 1:
+            raise ValueError(
+                f"stage {self.name!r}: cycles {self.cycles}, steps {self.steps} and batch {self.batch} start at 1, "
+                f"leads {self.leads} and spin {self.spin} at 0"
+            )
         if not 0 <= self.hide < 1 or not 0 < self.keep <= 1:
             raise ValueError(f"stage {self.name!r}: hide {self.hide} must lie in [0, 1) and keep {self.keep} in (0, 1]")
 
@@ -88,7 +93,7 @@ class _Sample(grain.transforms.RandomMap):
 
     def random_map(self, element: Any, rng: np.random.Generator) -> Any:
         which, first = int(element[0]), int(element[1])
-        return chain(self.records[which], first, self.stage.cycles + self.stage.leads, rng)
+        return chain(self.records[which], first, self.stage.spin + self.stage.cycles + self.stage.leads, rng)
 
 
 def starts(records: tuple[Record, ...], windows: int, every: int) -> np.ndarray:
@@ -112,7 +117,7 @@ def starts(records: tuple[Record, ...], windows: int, every: int) -> np.ndarray:
 
 def dataset(records: tuple[Record, ...], stage: StageConfig, *, every: int, seed: int) -> grain.IterDataset:
     """Endless, shuffled, resumable batches of chains, thinned anew each time."""
-    first = starts(records, stage.cycles + stage.leads, every)
+    first = starts(records, stage.spin + stage.cycles + stage.leads, every)
     data = grain.MapDataset.source(_Rows(first)).seed(seed).shuffle().repeat().random_map(_Sample(records, stage))
     return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)).batch(stage.batch)
 
@@ -137,7 +142,7 @@ def shown(rng: Any, tokens: Mapping[str, Tokens], cfg: WorldConfig, stage: Stage
     hidden = hidden & (jnp.arange(len(names)) != spared)
     out = {}
     for i, name in enumerate(names):
-        shape = (stage.cycles, tokens[name].age.shape[-1])
+        shape = (stage.spin + stage.cycles, tokens[name].age.shape[-1])
         last = jax.random.bernoulli(keys[2 + i], stage.keep, shape[1:])
         keep = jnp.ones(shape, bool).at[-1].set(last)
         out[name] = keep & ~hidden[i]
@@ -146,13 +151,13 @@ def shown(rng: Any, tokens: Mapping[str, Tokens], cfg: WorldConfig, stage: Stage
 
 def run(
     params: Params, tokens: Mapping[str, Tokens], time: Any, given: Mapping[str, Any], *, cfg: WorldConfig, cycles: int,
-    leads: int, remat: bool = False,
+    leads: int, spin: int = 0, remat: bool = False,
 ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """One chain.
 
     Returns:
-      (readings before each analysis {sensor: [cycles, N, V] pairs}, readings of the last analysis, readings of each
-      forecast window {sensor: [leads, N, V] pairs}, the last analysis [M, D]).
+      (readings before each analysis but the spin's {sensor: [cycles, N, V] pairs}, readings of the last analysis,
+      readings of each forecast window {sensor: [leads, N, V] pairs}, the last analysis [M, D]).
     """
     net, anchors = params.network, params.fitted.anchors
 
@@ -173,15 +178,21 @@ def run(
 
     if remat:
         cycle, forecast = jax.checkpoint(cycle), jax.checkpoint(forecast)
-    first = {k: jax.tree.map(lambda x: x[:cycles], t) for k, t in tokens.items()}
+
+    def part(x: Any, start: int, stop: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[start:stop], x)
+
     h = network.background(net, anchors, time[0])
-    h, before = jax.lax.scan(cycle, h, (first, time[:cycles], given))
-    at = {k: jax.tree.map(lambda x: x[cycles - 1], t) for k, t in tokens.items()}
-    now = model.read_field(params, h, at, time[cycles - 1], cfg=cfg)
+    if spin:
+        h, _ = jax.lax.scan(cycle, h, part((tokens, time, given), 0, spin))
+        h = jax.lax.stop_gradient(h)
+    end = spin + cycles
+    h, before = jax.lax.scan(cycle, h, part((tokens, time, given), spin, end))
+    at = jax.tree.map(lambda x: x[end - 1], tokens)
+    now = model.read_field(params, h, at, time[end - 1], cfg=cfg)
     after = None
     if leads:
-        rest = {k: jax.tree.map(lambda x: x[cycles:], t) for k, t in tokens.items()}
-        _, after = jax.lax.scan(forecast, h, (rest, time[cycles:]))
+        _, after = jax.lax.scan(forecast, h, part((tokens, time), end, end + leads))
     return before, now, after, h
 
 
@@ -200,17 +211,24 @@ def loss(
     def one(tokens, time, key):
         given = shown(key, tokens, cfg, stage)
         before, now, after, _ = run(
-            params, tokens, time, given, cfg=cfg, cycles=stage.cycles, leads=stage.leads, remat=stage.remat
-        )
+            params, tokens, time, given, cfg=cfg, cycles=stage.cycles, leads=stage.leads, spin=stage.spin,
+            remat=stage.remat,
+        )  # fmt: skip
         return given, before, now, after
 
-    given, before, now, after = jax.vmap(one)(batch["tokens"], batch["time"], keys)
+    if samples == 1:  # gathers with a batch axis are three times as slow on a CPU
+        found = one(*jax.tree.map(lambda x: x[0], (batch["tokens"], batch["time"], keys)))
+        given, before, now, after = jax.tree.map(lambda x: x[None], found)
+    else:
+        given, before, now, after = jax.vmap(one)(batch["tokens"], batch["time"], keys)
     for s in cfg.sensors:
         t, name = batch["tokens"][s.sensor], s.sensor
-        c = stage.cycles
+        b, c = stage.spin, stage.spin + stage.cycles
         parts = []
-        if c > 1:
-            parts.append(("before", tuple(x[:, 1:] for x in before[name]), t.value[:, 1:c], t.mask[:, 1:c]))
+        skip = 0 if b else 1  # the first window from nothing is no forecast
+        if stage.cycles > skip:
+            own = slice(b + skip, c)
+            parts.append(("before", tuple(x[:, skip:] for x in before[name]), t.value[:, own], t.mask[:, own]))
         hidden = t.mask[:, c - 1] & ~given[name][:, -1][..., None]
         parts.append(("hidden", now[name], t.value[:, c - 1], hidden))
         if stage.leads:

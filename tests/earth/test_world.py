@@ -19,7 +19,7 @@ from earth.observations import EmptyWindowError, ObservationError, Reports
 from earth.world import climate as normals
 from earth.world import field, model, network, records
 from earth.world import training as chains
-from earth.world.climate import fit_climate, harmonics
+from earth.world.climate import fit_climate
 from earth.world.denial import denial_matrix
 from earth.world.field import FieldConfig, make_anchors
 from earth.world.forecasts import analyse, forecast, queries
@@ -161,7 +161,7 @@ def at(latitude, longitude, height, *, cfg=CFG, anchors, age=0.0, view=0.0):
 def test_harmonics_are_scipy_s():
     rng = np.random.default_rng(3)
     lat, lon = sphere(rng, 50)
-    got = np.asarray(harmonics(np.float32(lat), np.float32(lon), 6), np.float64)
+    got = np.asarray(geometry.harmonics(np.float32(lat), np.float32(lon), 6), np.float64)
     place = 0
     for n in range(7):
         for m in range(n + 1):
@@ -208,6 +208,70 @@ def test_fixed_platforms_keep_their_bias_and_a_limb_is_no_weather(reports, fitte
     gone = dataclasses.replace(reports["station"], values=reports["station"].values * [1, np.nan])
     with pytest.raises(EmptyWindowError, match="no value of 'surface_pressure'"):
         fit_climate(gone, sites=True)
+
+
+def clustered(rng, sensor, variables, clusters, each):
+    """Sites in clusters, all reporting the atmosphere at one height twice a day, with noise of 0.3."""
+    lat, lon = np.linspace(-60, 60, clusters) if clusters > 1 else np.array([40.0]), rng.uniform(-180, 180, clusters)
+    lat = np.clip(np.repeat(lat, each) + rng.normal(0, 6, clusters * each), -85, 85)
+    lon = np.repeat(lon, each) + rng.normal(0, 10, clusters * each)
+    lon = (lon + 180) % 360 - 180
+    owner, when = (a.ravel() for a in np.meshgrid(np.arange(len(lat)), np.arange(0, DAYS * 24, 12), indexing="ij"))
+    z = rng.choice([1000.0, 3000.0, 6000.0, 9000.0], len(owner))
+    time = START + when * 3600
+    value = temperature(lat[owner], lon[owner], z, time) + rng.normal(0, 0.3, len(owner))
+    names = tuple(f"{sensor}{i}" for i in range(len(lat)))
+    return ordered(sensor, variables, names, owner, time, (lat[owner], lon[owner], z), (value,))
+
+
+def off_normal(normal, lat, lon, z):
+    """Standardised departures of the atmosphere from a normal, over all phases of its wave."""
+    time = START + np.linspace(0, DAYS * 86400, len(lat)).astype(int)
+    mean, sd = normals.climate(
+        normal, *(np.float32(x) for x in (lat, lon, z, 0 * z)), geometry.seconds(time.astype("datetime64[s]"))
+    )
+    return (temperature(lat, lon, z, time) - np.asarray(mean)[:, 0]) / np.asarray(sd)[:, 0]
+
+
+def test_normals_of_clustered_sites_carry_to_other_places():
+    """32 sites on four continents: 81 harmonics and their products with height fit them exactly, and nothing else."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        normal = fit_climate(clustered(rng, "radiosonde", ("temperature",), 4, 8), sites=False)
+        lat, lon = sphere(rng, 400)
+        far = off_normal(normal, lat, lon, rng.uniform(1000, 9000, 400))
+        assert np.sqrt(np.mean(far**2)) < 5.0  # one penalty for all degrees: 50 to 300
+
+
+def test_sensors_that_share_a_normal_tell_each_other_of_places():
+    rng = np.random.default_rng(0)
+    sonde = clustered(rng, "radiosonde", ("temperature",), 1, 8)
+    plane = clustered(rng, "aircraft", ("temperature",), 30, 2)
+    cfg = dataclasses.replace(
+        CFG,
+        sensors=(SensorConfig("radiosonde", ("temperature",)), SensorConfig("aircraft", ("temperature",))),
+        shared=(("radiosonde", "aircraft"),),
+    )
+    lat, lon = sphere(rng, 400)
+    z = rng.uniform(1000, 9000, 400)
+    errors = []
+    for one in (cfg, dataclasses.replace(cfg, shared=())):
+        fitted = model.fit({"radiosonde": sonde, "aircraft": plane}, one)
+        errors.append(np.sqrt(np.mean(off_normal(fitted.normals["radiosonde"], lat, lon, z) ** 2)))
+        if one.shared:
+            jax.tree.map(np.testing.assert_array_equal, *(fitted.normals[s.sensor] for s in one.sensors))
+    assert errors[0] < 3.0 < 5.0 < errors[1], errors
+    with pytest.raises(ValueError, match="'ship' is fixed, in two groups or not among"):
+        dataclasses.replace(cfg, shared=(("radiosonde", "ship"),))
+
+
+def test_anchors_are_told_the_normals_they_stand_in(reports):
+    cfg = dataclasses.replace(CFG, normals=(("radiosonde", "temperature", 1000.0),))
+    fitted = model.fit(reports, cfg, statics=lambda latitude, longitude: (0 * latitude)[:, None])
+    told = np.asarray(fitted.anchors.statics)
+    assert told.shape == (48, 2)
+    assert np.corrcoef(told[:, 1], -(np.sin(np.deg2rad(fitted.anchors.latitude)) ** 2))[0, 1] > 0.95
+    np.testing.assert_allclose([told[:, 1].mean(), told[:, 1].std()], [0, 1], atol=1e-3)
 
 
 # --- windows
@@ -435,6 +499,39 @@ def test_training_again_changes_nothing(record, fitted, trained):
     jax.tree.map(np.testing.assert_array_equal, again.network, params.network)
 
 
+def test_a_spin_is_a_part_of_the_chain_without_gradients(params, record):
+    chain = chains.chain(record, END, 5, np.random.default_rng(0))
+    tokens, time = chain["tokens"], jnp.asarray(chain["time"])
+    given = {name: jnp.ones(t.age.shape, bool)[:4] for name, t in tokens.items()}
+
+    def read(value, spin):
+        own = {**tokens, "station": dataclasses.replace(tokens["station"], value=value)}
+        out = chains.run(params, own, time, given, cfg=CFG, cycles=4 - spin, leads=1, spin=spin)
+        return out[2]["station"][0].sum(), out
+
+    value = jnp.asarray(tokens["station"].value)
+    (_, whole), every = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)(value, 0)
+    (_, parts), late = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=1)(value, 2)
+    for a, b in zip(jax.tree.leaves(whole[1:]), jax.tree.leaves(parts[1:]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(whole[0]), jax.tree.leaves(parts[0]), strict=True):
+        np.testing.assert_allclose(a[2:], b, atol=2e-5)
+    assert np.abs(every[:2]).max() > 0
+    assert np.abs(late[:2]).max() == 0
+    np.testing.assert_allclose(every[2:4], late[2:4], atol=1e-5)
+    stage = dataclasses.replace(STAGE, spin=1, batch=1)
+    batch = jax.tree.map(lambda x: x[None], chain)
+    totals = [
+        chains.loss(params.network, b, jax.random.key(0), fitted=params.fitted, cfg=CFG, stage=stage)[0]
+        for b in (batch, jax.tree.map(lambda x: np.concatenate([x, x]), batch))
+    ]
+    assert all(0 < float(t.total) < np.inf for part in totals for t in part.values())
+    # one sample is not mapped over: its windows are scored as those of two are
+    for key in totals[0]:
+        if key.startswith("after") or key.startswith("before"):
+            assert float(totals[1][key].weight) == 2 * float(totals[0][key].weight)
+
+
 def test_hidden_reports_are_hidden(record):
     tokens = chains.chain(record, END, 4, np.random.default_rng(0))["tokens"]
     hidden = 0
@@ -537,6 +634,14 @@ def test_forecasts_answer_a_frame(record, reports, trained):
     q = queries(CFG, params.fitted.anchors, "radiosonde", [30.0], [20.0], [upper], age=[3.0])
     want, _ = model.observe(params, ADVANCE(params, state, 1), "radiosonde", q, cfg=CFG)
     np.testing.assert_allclose(mean[1], want[0, 0], rtol=1e-5)
+    # a carried analysis is a longer chain
+    every = {s.sensor: 400 for s in CFG.sensors}  # not thinned: the same reports either way
+    cycled, _ = forecast(params, record, frame, cycles=2, cfg=CFG, carry=True, tokens=every, progress=False)
+    state = analyse(params, record, init[2], cycles=4, cfg=CFG, tokens=every)
+    q = queries(CFG, params.fitted.anchors, "station", *([x] for x in (60.0, 20.0, 100.0)))
+    want, _ = model.observe(params, ADVANCE(params, state, 1), "station", q, cfg=CFG)
+    np.testing.assert_allclose(cycled[18 + row], want[0, 0], rtol=1e-5)
+    assert abs(cycled[18 + row] - mean[18 + row]) > 1e-4
     # nothing after the initial time is read
     late = {k: r.take(r.time <= int(init[0].astype(int))) for k, r in reports.items()}
     cut = Record(late, CFG.sensors, CFG.field, params.fitted.anchors, params.fitted.normals, CFG.step)
