@@ -54,11 +54,19 @@ def t21() -> WorldConfig:
     return dataclasses.replace(base, sensors=tuple(sensors))
 
 
+def benchmark_tiny() -> WorldConfig:
+    """For `osse_global.benchmark_tiny`: seconds."""
+    return _tiny(benchmark())
+
+
 def tiny() -> WorldConfig:
-    """The same sensors, seconds."""
-    full = t21()
-    return WorldConfig(
-        sensors=full.sensors,
+    """For `osse_global.tiny`: seconds."""
+    return _tiny(t21())
+
+
+def _tiny(full: WorldConfig) -> WorldConfig:
+    return dataclasses.replace(
+        full,
         field=FieldConfig(anchors=64, neighbours=4, reach=8),
         network=NetworkConfig(width=32, heads=4, key=4, heights=(500.0, 3000.0, 8000.0, 15000.0)),
         step=6.0,

@@ -53,3 +53,37 @@ def tiny() -> OsseConfig:
         aircraft=AircraftFleet(count=10, interval_minutes=30),
         ships=DriftingShips(count=10, cadence_hours=6),
     )
+
+
+def benchmark() -> tuple[OsseConfig, OsseConfig]:
+    """(180 days to learn from, 40 of another seed to forecast), as `examples/global_osse.py` has them: dry, without the
+    imager, satellites thinned: some 330,000 values a day.
+    """
+    preset = t21()
+    assert preset.radiosondes is not None
+    system = dataclasses.replace(
+        preset,
+        radiosondes=dataclasses.replace(preset.radiosondes, humidity=False),
+        sounders=tuple(dataclasses.replace(sounder, cadence_seconds=128) for sounder in preset.sounders),
+        imagers=(),
+        scatterometers=tuple(dataclasses.replace(one, cadence_seconds=120) for one in preset.scatterometers),
+    )
+    nature = dataclasses.replace(preset.nature, days=180, moisture=False)
+    return _two_runs(system, nature, 40)
+
+
+def benchmark_tiny() -> tuple[OsseConfig, OsseConfig]:
+    """The same of `tiny`: six days and three."""
+    preset = tiny()
+    assert preset.radiosondes is not None
+    system = dataclasses.replace(
+        preset,
+        radiosondes=dataclasses.replace(preset.radiosondes, humidity=False),
+        imagers=(),
+    )
+    return _two_runs(system, dataclasses.replace(preset.nature, days=6, moisture=False), 3)
+
+
+def _two_runs(system: OsseConfig, nature: NatureConfig, days: int) -> tuple[OsseConfig, OsseConfig]:
+    later = dataclasses.replace(nature, days=days, seed=1, start="2001-01-01T00:00")
+    return dataclasses.replace(system, nature=nature), dataclasses.replace(system, nature=later)

@@ -137,7 +137,7 @@ def forecast_variables(dataset: xr.Dataset) -> tuple[str, ...]:
 
 # ---- files
 @contextlib.contextmanager
-def _appearing_complete(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+def appearing_complete(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block ends without an error."""
     final = Path(path)
     if final.exists() and not overwrite:
@@ -177,7 +177,7 @@ def write_dataset(dataset: xr.Dataset, path: str | os.PathLike[str], *, overwrit
     kind = Path(path).suffix
     if kind not in (".nc", ".zarr"):
         raise ValueError(f"{path} ends in {kind!r}; a Dataset is written as .nc (netCDF) or .zarr")
-    with _appearing_complete(path, overwrite) as temporary:
+    with appearing_complete(path, overwrite) as temporary:
         if kind == ".nc":
             dataset.to_netcdf(temporary)
         else:
@@ -295,7 +295,7 @@ def to_weatherbenchx(
     present = np.unique(key)
     wanted = np.unique(np.concatenate([present - 1, present, present + 1]))
     files = []
-    with _appearing_complete(path, overwrite) as temporary:
+    with appearing_complete(path, overwrite) as temporary:
         first, last = np.searchsorted(key, wanted, "left"), np.searchsorted(key, wanted, "right")
         for time, start, end in zip(wanted, first, last, strict=True):
             name = partition_file(time, partitioned_by)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 
 from earth.osse.instruments import (
     ErrorModel,
@@ -93,9 +94,11 @@ __all__ = [
     "StationNetwork",
     "Truth",
     "TruthQueryError",
+    "World",
     "brightness_temperature",
     "caveats",
     "nature_run",
+    "observe",
     "observe_aircraft",
     "observe_imager",
     "observe_radiosondes",
@@ -197,6 +200,55 @@ class Simulation(NamedTuple):
     truth: Truth
     table: pd.DataFrame
     meta: SimulationMeta
+
+
+class World(NamedTuple):
+    """Result of `observe`: one run and what its instruments report, strings as categories."""
+
+    truth: Truth
+    table: pd.DataFrame
+    platforms: pd.DataFrame
+
+
+def observe(
+    config: OsseConfig, *, cache: str | Path | None = None, days: slice | None = None, progress: bool = True
+) -> World:
+    """The observations of `simulate` without their truth, instrument by instrument and in compact columns, so that half
+    a year of 300,000 values a day fits into memory.
+
+    Args:
+      config, cache, progress: as for `simulate`.
+      days: cuts the nature run first.
+
+    Returns:
+      (truth, canonical table sorted by time, platforms as in `SimulationMeta`).
+
+    Raises:
+      DinosaurMissingError, NatureRunError, NatureCacheError: see `nature_run`.
+    """
+    run = nature_run(config.nature, cache=cache, progress=progress)
+    if days is not None:
+        steps = 24 // config.nature.save_hours
+        run = run.isel(time=slice(days.start * steps, days.stop * steps + 1))
+    truth = truth_from_dataset(run)
+    parts, platforms = [], []
+    for look, instrument in config.instruments:
+        seen = look(truth, instrument, config.seed)
+        parts.append(seen.table.astype(dict.fromkeys(_TEXT, "category")))
+        platforms.append(seen.platforms)
+    table = pd.DataFrame(
+        {
+            name: union_categoricals([part[name] for part in parts])
+            if name in _TEXT
+            else np.concatenate([part[name].to_numpy() for part in parts])
+            for name in parts[0].columns
+        }
+    )
+    order = np.argsort(table["time"].to_numpy(), kind="stable")
+    return World(truth, table.iloc[order].reset_index(drop=True), pd.concat(platforms, ignore_index=True))
+
+
+_TEXT = ("variable", "sensor", "platform")
 
 
 def simulate(config: OsseConfig, *, cache: str | Path | None = None, progress: bool = True) -> Simulation:

@@ -379,24 +379,3 @@ def test_bad_requests_are_typed_errors(world, run):
     odd = pd.DataFrame({"init_time": inits[:1], "lead_time": [5], "variable": ["temperature"]})
     with pytest.raises(LetkfError, match="not multiples of save_hours=3"):
         letkf.forecast(result.analyses, world.truth.start, odd, cfg, core=core)
-
-
-@pytest.mark.slow
-def test_example_compares_baselines_and_filter(tmp_path):
-    from examples import global_baselines
-
-    assert global_baselines.main(["--tiny", "--out", str(tmp_path)]) == 0
-    table: Any = pd.read_csv(tmp_path / "table.csv")
-    assert set(table["model"]) == {
-        "climatology",
-        "persistence",
-        "oi_persistence",
-        "oi_damped",
-        "var",
-        "oi_var",
-        "letkf",
-    }
-    assert (table["n_unforecast"] == 0).all()
-    assert np.isfinite(table["rmse"]).all()
-    assert (tmp_path / "rmse.png").stat().st_size > 10_000
-    assert set(pd.read_csv(tmp_path / "limits.csv")["model"]) == set(table["model"]) - {"climatology"}

@@ -1,0 +1,446 @@
+"""One field for every sensor of the globe, on a simulated atmosphere where truth is known: train it, forecast with it,
+and verify it beside what it has to beat.
+
+    python examples/global_osse.py --out out/global_osse                              # everything: hours
+    python examples/global_osse.py --out out/global_osse --stages world --seeds 0     # one part; parts add up
+    python examples/global_osse.py --out out/global_osse --tiny                       # a minute, and no weather
+
+A run of 180 days is observed by stations, radiosondes, aircraft, ships, scatterometers and two sounders; another of 40
+days and another seed is forecast (extra `osse`). Everything is verified at stations and radiosonde sites that nobody
+saw. Stages:
+
+- `world`: Earth-o1's global model (`earth.world`), trained on the reports of the first run, one model per seed;
+- `baselines`: climatology, persistence, optimal interpolation and a vector autoregression (`earth.baselines.globe`);
+- `filter`: an ensemble Kalman filter that owns what the others must learn, the equations, at a coarser truncation: it
+  stands for an operational centre (`earth.osse.letkf`);
+- `denial`: which sensor tells of which, beside the climate and a linear regression.
+
+OUT keeps each stage's forecasts and models, so that a stage that was killed goes on and one that is finished is not run
+again. It receives table.csv (RMSE per model, group, variable and lead), ratios.csv (over the best statistical
+baseline), limits.csv (lead at which a forecast stops beating climatology), counts.csv (what the filter read),
+denial.csv, rmse.png and denial.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the presets are not installed
+
+from configs import earth_global, osse_global
+from earth import world
+from earth.baselines import globe
+from earth.export import appearing_complete
+from earth.observations import to_reports
+from earth.osse import OsseConfig, World, caveats, letkf, observe
+from earth.osse.nature import dynamical_core
+from earth.osse.verification import (
+    VerificationConfig,
+    given_table,
+    held_out_platforms,
+    ratios,
+    score,
+    skill_limits,
+    targets,
+)
+from earth.report import MARKERS, PALETTE, STYLE
+
+STAGES = ("world", "baselines", "filter", "denial")
+SOUNDERS = ("simulated_amsua", "simulated_atms")
+DENIAL = {  # rows of the matrix
+    "stations": ("station",),
+    "stations, sondes": ("station", "radiosonde"),
+    "AMSU-A": SOUNDERS[:1],
+    "ATMS": SOUNDERS[1:],
+    "stations, AMSU-A": ("station", SOUNDERS[0]),
+    "stations, ATMS": ("station", SOUNDERS[1]),
+    "all others": ("station", "radiosonde", *SOUNDERS, "scatterometer", "aircraft", "ship"),
+}
+PREDICTED = ("station", "radiosonde", *SOUNDERS, "aircraft")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One experiment: who observes what, when, and how everybody is set up."""
+
+    train: OsseConfig
+    test: OsseConfig
+    protocol: VerificationConfig
+    model: world.WorldConfig
+    training: world.TrainConfig
+    cycles: int  # windows of the first analysis; each later one goes on from it
+    reports: float  # of a window when forecasting, over those of training
+    baselines: globe.GlobeConfig
+    filter: letkf.LetkfConfig
+    candidates: tuple[dict[str, float], ...]  # changes of the filter tried on a stretch of the training run
+    tuning_start: int  # day of the training run
+    tuning_days: int
+
+
+def full() -> Plan:
+    """180 days to learn from, 40 of another seed to forecast."""
+    train, test = osse_global.benchmark()
+    model = dataclasses.replace(train.nature, truncation=15, seed=7)
+    return Plan(
+        train=train,
+        test=test,
+        protocol=VerificationConfig(warm_up_hours=240),
+        model=earth_global.benchmark(),
+        training=earth_global.training(),
+        cycles=8,
+        reports=4.0,
+        baselines=globe.GlobeConfig(),
+        filter=letkf.LetkfConfig(model=model, ensemble_forecast=True),
+        candidates=({}, {"radius_km": 1500.0}, {"additive": 0.25}),
+        tuning_start=120,
+        tuning_days=10,
+    )
+
+
+def tiny() -> Plan:
+    """Days from rest, few instruments: it shows that everything runs and nothing else."""
+    train, test = osse_global.benchmark_tiny()
+    kernel = globe.Kernel()
+    return Plan(
+        train=train,
+        test=test,
+        protocol=VerificationConfig(warm_up_hours=24, leads=(6, 12, 24)),
+        model=earth_global.benchmark_tiny(),
+        training=world.TrainConfig((world.StageConfig("short", 4, cycles=2, leads=1),), checkpoint_every=2),
+        cycles=2,
+        reports=1.0,
+        baselines=globe.GlobeConfig(
+            tuning_times=0,
+            damping_times=4,
+            kernels=(kernel, kernel, kernel),
+            grid=(4, 8),
+            waves=2,
+            components=(2,),
+            penalties=(0.1,),
+            leads=(6, 12, 24),
+        ),
+        filter=letkf.LetkfConfig(
+            model=dataclasses.replace(train.nature, truncation=15, seed=7, spin_up_days=2),
+            members=4,
+            member_days=1,
+            neighbours=64,
+        ),
+        candidates=({},),
+        tuning_start=3,
+        tuning_days=1,
+    )
+
+
+class Experiment(NamedTuple):
+    """A plan, the runs' reports as they are asked for, and where results go."""
+
+    plan: Plan
+    out: pathlib.Path
+    cache: pathlib.Path
+    seeds: tuple[int, ...]
+    runs: dict[str, World]
+
+    def run(self, name: str) -> World:
+        if name not in self.runs:
+            self.runs[name] = observe(getattr(self.plan, name), cache=self.cache)
+        return self.runs[name]
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        return held_out_platforms(self.run("test").platforms, self.plan.protocol)
+
+    def reports(self, name: str) -> dict[str, Any]:
+        """{sensor: reports} of a run that the model may read."""
+        return to_reports(given_table(self.run(name).table, self.held))
+
+
+def keep(path: pathlib.Path, forecasts: dict[str, Any]) -> None:
+    with appearing_complete(path, overwrite=True) as temporary:
+        pd.DataFrame(forecasts).to_parquet(temporary)
+
+
+# ---- the global model
+def fit_world(experiment: Experiment, seed: int, known: dict[str, Any]) -> world.Params:
+    """Trains one model, or goes on, or reads it; `known` keeps the closed-form part and the records."""
+    plan = experiment.plan
+    if not known:
+        reports = experiment.reports("train")
+        fitted = world.fit(reports, plan.model, statics=earth_global.statics)
+        known["fitted"] = fitted
+        known["train"] = world.Record(
+            reports, plan.model.sensors, plan.model.field, fitted.anchors, fitted.normals, plan.model.step
+        )
+    config = dataclasses.replace(plan.training, seed=seed)
+    return world.train((known["train"],), known["fitted"], plan.model, config, experiment.out / f"world-{seed}")
+
+
+def test_record(experiment: Experiment, known: dict[str, Any]) -> world.Record:
+    if "test" not in known:
+        model, fitted = experiment.plan.model, known["fitted"]
+        known["test"] = world.Record(
+            experiment.reports("test"), model.sensors, model.field, fitted.anchors, fitted.normals, model.step
+        )
+    return known["test"]
+
+
+def tokens(plan: Plan) -> dict[str, int]:
+    return {s.sensor: round(s.tokens * plan.reports) for s in plan.model.sensors}
+
+
+def forecast_world(experiment: Experiment, wanted: pd.DataFrame) -> None:
+    plan, known = experiment.plan, {}
+    for seed in experiment.seeds:
+        path = experiment.out / f"forecasts-world-{seed}.parquet"
+        if path.exists():
+            continue
+        params = fit_world(experiment, seed, known)
+        record = test_record(experiment, known)
+        mean, sd = world.forecast(
+            params, record, wanted, cycles=plan.cycles, cfg=plan.model, tokens=tokens(plan), carry=True
+        )
+        keep(path, {f"world_{seed}": mean, f"spread_{seed}": sd})
+
+
+def deny(experiment: Experiment) -> None:
+    """The matrix of each seed's model."""
+    plan, known = experiment.plan, {}
+    parts = []
+    for seed in experiment.seeds:
+        path = experiment.out / f"denial-{seed}.csv"
+        if not path.exists():
+            params = fit_world(experiment, seed, known)
+            ends = [np.arange(*span) for span in _spans(experiment)]
+            names = {s.sensor for s in plan.model.sensors}
+            given = {row: [s for s in sensors if s in names] for row, sensors in DENIAL.items()}
+            matrix = world.denial_matrix(
+                params, test_record(experiment, known), ends[1], known["train"], ends[0], cfg=plan.model,
+                given={row: sensors for row, sensors in given.items() if sensors},
+                predicted=[name for name in PREDICTED if name in names],
+            )  # fmt: skip
+            with appearing_complete(path, overwrite=True) as temporary:
+                matrix.to_csv(temporary, index=False)
+        parts.append(pd.read_csv(path).assign(seed=seed))
+    table = pd.concat(parts, ignore_index=True)
+    table.to_csv(experiment.out / "denial.csv", index=False)
+    denial_figure(table).savefig(experiment.out / "denial.png")
+
+
+def _spans(experiment: Experiment) -> list[tuple[Any, Any, Any]]:
+    """(first, last, every) end of the windows of the training and the test run that the matrix looks at."""
+    spans = []
+    for name, count in (("train", 60), ("test", 40)):
+        truth, step = experiment.run(name).truth, np.timedelta64(round(experiment.plan.model.step * 3600), "s")
+        start, end = (np.datetime64(x, "s") for x in (truth.start, truth.end))
+        spans.append((start + step, end, max((end - start - step) // count, np.timedelta64(1, "h"))))
+    return spans
+
+
+# ---- what it has to beat
+def forecast_baselines(experiment: Experiment, wanted: pd.DataFrame) -> None:
+    path = experiment.out / "forecasts-baselines.parquet"
+    if path.exists():
+        return
+    plan = experiment.plan
+    table = experiment.run("train").table
+    table = table.loc[~table["sensor"].isin(list(SOUNDERS))]  # they read no radiances
+    fitted = globe.fit_globe(given_table(table, experiment.held), plan.baselines)
+    for kind, kernel in zip(globe.KINDS, fitted.kernels, strict=True):
+        print(f"- {kind}: {kernel}, left-out error {fitted.skill.get(kind, np.nan):.2f} of the anomalies'")
+    print(f"- var: {fitted.chosen}")
+    keep(path, globe.forecast(fitted, given_table(experiment.run("test").table, experiment.held), wanted))
+
+
+def tune_filter(experiment: Experiment) -> tuple[letkf.LetkfConfig, pd.DataFrame]:
+    """The candidate of the smallest departures of in situ reports from six-hour forecasts, on a stretch of the training
+    run, and the table of all.
+    """
+    plan = experiment.plan
+    stretch = slice(plan.tuning_start, plan.tuning_start + plan.tuning_days)
+    cut = observe(plan.train, cache=experiment.cache, days=stretch)
+    given = given_table(cut.table, experiment.held)
+    start, end = cut.truth.start, cut.truth.end
+    members = letkf.climate_members(plan.filter, cache=experiment.cache)
+    core = dynamical_core(plan.filter.model)
+    rows: list[dict[str, Any]] = []
+    for change in plan.candidates:
+        cfg = dataclasses.replace(plan.filter, **change)
+        result = letkf.assimilate(
+            given, start, np.array([end]), members, cfg, radiometers=plan.train.sounders, core=core
+        ).diagnostics
+        late = result[(result["time"] > start + (end - start) // 2) & (result["n"] > 0)]
+        score_ = np.sqrt(np.average((late["rms"] / late["error"]) ** 2, weights=late["n"]))
+        rows.append({**change, "departure": float(score_)})
+    table = pd.DataFrame(rows)
+    best = plan.candidates[int(table["departure"].argmin())]
+    return dataclasses.replace(plan.filter, **best), table
+
+
+def forecast_filter(experiment: Experiment, wanted: pd.DataFrame) -> None:
+    path = experiment.out / "forecasts-filter.parquet"
+    if path.exists():
+        return
+    plan, test = experiment.plan, experiment.run("test")
+    cfg, tried = tune_filter(experiment)
+    print(tried.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    core = dynamical_core(cfg.model)
+    members = letkf.climate_members(cfg, cache=experiment.cache)
+    inits = np.unique(wanted["init_time"].to_numpy("datetime64[ns]"))
+    seen = given_table(test.table, experiment.held)
+    run = letkf.assimilate(seen, test.truth.start, inits, members, cfg, radiometers=plan.test.sounders, core=core)
+    late = run.diagnostics[run.diagnostics["time"] >= inits[0]]
+    counts: Any = late.groupby(["sensor", "variable"]).agg(
+        n=("n", "mean"),
+        rejected=("n_rejected", "mean"),
+        rms=("rms", "mean"),
+        spread=("spread", "mean"),
+        error=("error", "mean"),
+    )
+    counts.to_csv(experiment.out / "counts.csv")
+    keep(path, {"letkf": letkf.forecast(run.analyses, test.truth.start, wanted, cfg, core=core)})
+
+
+# ---- tables and figures
+LABELS = {
+    "lowest_level_temperature": "temperature (K)",
+    "lowest_level_u_component_of_wind": "u (m s⁻¹)",
+    "lowest_level_v_component_of_wind": "v (m s⁻¹)",
+    "surface_pressure": "pressure (hPa)",
+    "temperature": "temperature (K)",
+    "u_component_of_wind": "u (m s⁻¹)",
+    "v_component_of_wind": "v (m s⁻¹)",
+}
+
+
+def report(experiment: Experiment, wanted: pd.DataFrame) -> None:
+    """Scores whatever forecasts there are."""
+    forecasts: dict[str, Any] = {}
+    for path in sorted(experiment.out.glob("forecasts-*.parquet")):
+        frame = pd.read_parquet(path)
+        forecasts |= {str(name): frame[name].to_numpy() for name in frame if not str(name).startswith("spread")}
+    if not forecasts:
+        return
+    table = score(wanted, forecasts)
+    table.to_csv(experiment.out / "table.csv", index=False)
+    figure(table).savefig(experiment.out / "rmse.png")
+    statistical = [name for name in globe.MODELS if name in forecasts]
+    parts = [("RMSE", table, "rmse", ["lead_time", "model"])]
+    if statistical:
+        over = ratios(wanted, forecasts, statistical)
+        over.to_csv(experiment.out / "ratios.csv", index=False)
+        learned: Any = over[~over["model"].isin(statistical)]
+        parts.append(("over the best statistical baseline", learned, "ratio", ["lead_time", "model"]))
+        limits = skill_limits(table)
+        limits.to_csv(experiment.out / "limits.csv", index=False)
+        parts.append(("limits", limits, "limit_hours", ["model"]))
+    for name, part, value, columns in parts:
+        shown = part.pivot_table(index=["group", "variable"], columns=columns, values=value, sort=False)
+        print(f"\n{name}\n" + shown.T.to_string(float_format=lambda number: f"{number:.3g}"))
+    for caveat in caveats(experiment.plan.test.nature):
+        print(f"- {caveat}")
+
+
+def figure(scores: pd.DataFrame) -> Figure:
+    """RMSE against lead, one panel per group and variable, a line per model; seeds of one model are one colour."""
+    models = list(dict.fromkeys(scores["model"]))
+    families = list(dict.fromkeys(_family(name) for name in models))
+    panels: Any = list(scores.groupby(["group", "variable"], sort=False))
+    with matplotlib.rc_context(STYLE):
+        out = Figure(figsize=(11, 5.6), layout="constrained")
+        axes = out.subplots(2, 4).ravel()
+        for axis, ((group, variable), part) in zip(axes, panels, strict=False):
+            hectopascal = 0.01 if variable == "surface_pressure" else 1.0
+            seen = set()
+            for name in models:
+                family = _family(name)
+                i = families.index(family)
+                line = part[part["model"] == name]
+                axis.plot(
+                    line["lead_time"],
+                    line["rmse"] * hectopascal,
+                    color=PALETTE[i],
+                    marker=MARKERS[i],
+                    ms=4,
+                    lw=2.2 if family == "world" else 1.2,
+                    label=None if family in seen else family,
+                )
+                seen.add(family)
+            axis.set(ylim=(0, None), title=f"{group}: {LABELS.get(variable, variable)}")
+            axis.set_xticks(sorted(set(part["lead_time"])))
+            axis.tick_params(axis="x", labelrotation=60)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis in axes[4:]:
+            axis.set_xlabel("lead (h)")
+        for axis in axes[::4]:
+            axis.set_ylabel("RMSE against the truth")
+        handles, labels = axes[0].get_legend_handles_labels()
+        out.legend(handles, labels, loc="outside lower center", ncols=8)
+    return out
+
+
+def _family(model: str) -> str:
+    return "world" if model.startswith("world") else model
+
+
+def denial_figure(table: pd.DataFrame) -> Figure:
+    """Each cell: error over the better of climate and regression, mean over the sensor's variables and the seeds."""
+    mean = table.groupby(["given", "predicted"], sort=False)["ratio"].mean().unstack()
+    with matplotlib.rc_context(STYLE):
+        out = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axis = out.subplots()
+        image = axis.imshow(mean.to_numpy(), vmin=0.5, vmax=1.5, cmap="RdBu_r", aspect="auto")
+        for (i, j), value in np.ndenumerate(mean.to_numpy()):
+            if np.isfinite(value):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center")
+        axis.set_xticks(range(mean.shape[1]), [str(name).replace("simulated_", "") for name in mean.columns])
+        axis.set_yticks(range(mean.shape[0]), list(mean.index))
+        axis.set(xlabel="predicted", ylabel="given")
+        axis.grid(visible=False)
+        out.colorbar(image, label="error over the better of\nclimate and linear regression")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="days from rest: a minute, and no weather")
+    parser.add_argument("--cache", type=pathlib.Path, help="folder of nature runs; OUT/nature if not given")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the global model")
+    given = parser.parse_args(arguments)
+    given.out.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(
+        plan=tiny() if given.tiny else full(),
+        out=given.out,
+        cache=given.out / "nature" if given.cache is None else given.cache,
+        seeds=tuple(given.seeds),
+        runs={},
+    )
+    test = experiment.run("test")
+    wanted = targets(test.truth, test.platforms, experiment.held, test.table, experiment.plan.protocol)
+    stages = {
+        "world": lambda: forecast_world(experiment, wanted),
+        "baselines": lambda: forecast_baselines(experiment, wanted),
+        "filter": lambda: forecast_filter(experiment, wanted),
+        "denial": lambda: deny(experiment),
+    }
+    for name in given.stages:
+        clock = time.perf_counter()
+        stages[name]()
+        print(f"{name}: {time.perf_counter() - clock:.0f} s", flush=True)
+    report(experiment, wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
