@@ -30,13 +30,13 @@ def benchmark() -> WorldConfig:
     """For `osse_global.benchmark`: columns 1,000 km apart, steps of 12 hours."""
     return WorldConfig(
         sensors=(
-            SensorConfig("station", _SURFACE, 200, fixed=True),
-            SensorConfig("radiosonde", _UPPER, 300),
-            _radiometer("simulated_amsua", (2, 4, 5, 6, 7, 8), 250),
-            _radiometer("simulated_atms", (3, 4, 6, 7, 8, 10), 250),
-            SensorConfig("scatterometer", _SURFACE[2:], 100),
-            SensorConfig("aircraft", _UPPER, 150),
-            SensorConfig("ship", _SURFACE, 60),
+            SensorConfig("station", _SURFACE, 400, fixed=True),
+            SensorConfig("radiosonde", _UPPER, 450),
+            _radiometer("simulated_amsua", (2, 4, 5, 6, 7, 8), 800),
+            _radiometer("simulated_atms", (3, 4, 6, 7, 8, 10), 800),
+            SensorConfig("scatterometer", _SURFACE[2:], 400),
+            SensorConfig("aircraft", _UPPER, 600),
+            SensorConfig("ship", _SURFACE, 120),
         ),
         field=FieldConfig(anchors=512, neighbours=8, reach=20),
         network=NetworkConfig(),
@@ -76,8 +76,8 @@ def _tiny(full: WorldConfig) -> WorldConfig:
 def training() -> TrainConfig:
     return TrainConfig(
         stages=(
-            StageConfig("short", 6000, cycles=2, leads=2, learning_rate=2e-3),
-            StageConfig("long", 5000, spin=2, cycles=2, leads=4, learning_rate=1e-3),
+            StageConfig("short", 5000, cycles=2, leads=2, learning_rate=2e-3),
+            StageConfig("long", 5000, spin=4, cycles=2, leads=4, learning_rate=1e-3),
         )
     )
 

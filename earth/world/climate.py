@@ -29,12 +29,13 @@ from earth.geometry import Array
 from earth.observations import EmptyWindowError, Reports
 from moe.params import Param
 
-DEGREE = 8
-_HEIGHT_DEGREE, _HEIGHT_POWERS = 5, 5
+DEGREE = 12
+_HEIGHT_DEGREE, _HEIGHT_POWERS = 8, 5
 _CLOCK_DEGREE = 3
 _VIEW_DEGREE, _VIEW_POWERS = 4, 4
 _SPREAD_DEGREE = 6
 _ROWS = 60_000
+_BLOCK = 40_000
 _PSEUDO_REPORTS = 10.0
 _FOLDS = 8
 _DAYS = 5  # of a fold where platforms are few: longer than weather remembers
@@ -272,8 +273,8 @@ def standardise(normals: Mapping[str, Climate], reports: Mapping[str, Reports]) 
         z, sd = np.empty_like(r.values), np.empty_like(r.values)
         view = np.zeros(len(r)) if r.view_angle is None else r.view_angle
         owner = r.platform if normals[name].site.shape[0] else None
-        for start in range(0, len(r), 100_000):
-            rows = slice(start, start + 100_000)
+        for start in range(0, len(r), _BLOCK):
+            rows = slice(start, start + _BLOCK)
             at: Any = [x[rows].astype(np.float32) for x in (r.latitude, r.longitude, r.height, view)]
             time, site = geometry.seconds(r.times[rows]), None if owner is None else owner[rows]
             mean, deviation = climate(normals[name], at[0], at[1], at[2], at[3], time, site)

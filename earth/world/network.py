@@ -291,7 +291,10 @@ def background(net: Network, anchors: Anchors, time: Any) -> Float[Any, "M D"]:
 
 
 def step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig) -> Any:
-    """One step of the dynamics to `time`."""
+    """One step of the dynamics to `time`. Steps and analyses start from the normalised field: the state of a long chain
+    stays as large as that of a short one, and a report weighs as much.
+    """
+    h = layer_norm(h)
     forcing = forcing_features(anchors, time)
     for block in net.dynamics:
         h = _run(block, h, anchors, forcing, cfg=cfg)
@@ -420,7 +423,7 @@ def analyse(
         out, mass = collect(query, key, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
         total = total + apply(sense.merge, out.reshape(h.shape)) + apply(sense.mass, mass)
     x = apply(net.blend, y + total)
-    h = h + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total)
+    h = y + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total)
     forcing = forcing_features(anchors, end)
     for block in net.analysis:
         h = _run(block, h, anchors, forcing, cfg=cfg)
