@@ -237,11 +237,12 @@ def deny(experiment: Experiment) -> None:
 
 def _spans(experiment: Experiment) -> list[tuple[Any, Any, Any]]:
     """(first, last, every) end of the windows of the training and the test run that the matrix looks at."""
-    spans = []
+    spans: list[tuple[Any, Any, Any]] = []
     for name, count in (("train", 60), ("test", 40)):
-        truth, step = experiment.run(name).truth, np.timedelta64(round(experiment.plan.model.step * 3600), "s")
-        start, end = (np.datetime64(x, "s") for x in (truth.start, truth.end))
-        spans.append((start + step, end, max((end - start - step) // count, np.timedelta64(1, "h"))))
+        truth: Any = experiment.run(name).truth
+        start: Any = np.datetime64(truth.start, "h") + round(experiment.plan.model.step)
+        end: Any = np.datetime64(truth.end, "h")
+        spans.append((start, end, max((end - start) // count, np.timedelta64(1, "h"))))
     return spans
 
 
@@ -394,7 +395,7 @@ def _family(model: str) -> str:
 
 def denial_figure(table: pd.DataFrame) -> Figure:
     """Each cell: error over the better of climate and regression, mean over the sensor's variables and the seeds."""
-    mean = table.groupby(["given", "predicted"], sort=False)["ratio"].mean().unstack()
+    mean = table.pivot_table(index="given", columns="predicted", values="ratio", sort=False)
     with matplotlib.rc_context(STYLE):
         out = Figure(figsize=(6.4, 3.6), layout="constrained")
         axis = out.subplots()

@@ -379,3 +379,26 @@ def test_bad_requests_are_typed_errors(world, run):
     odd = pd.DataFrame({"init_time": inits[:1], "lead_time": [5], "variable": ["temperature"]})
     with pytest.raises(LetkfError, match="not multiples of save_hours=3"):
         letkf.forecast(result.analyses, world.truth.start, odd, cfg, core=core)
+
+
+@pytest.mark.slow
+def test_example_compares_model_baselines_and_filter(tmp_path):
+    from examples import global_osse
+
+    assert global_osse.main(["--tiny", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    table: Any = pd.read_csv(tmp_path / "table.csv")
+    assert set(table["model"]) == {
+        "world_0",
+        "climatology",
+        "persistence",
+        "oi_persistence",
+        "oi_damped",
+        "var",
+        "oi_var",
+        "letkf",
+    }
+    assert (table["n_unforecast"] == 0).all()
+    assert np.isfinite(table["rmse"]).all()
+    denial: Any = pd.read_csv(tmp_path / "denial.csv")
+    assert np.isfinite(denial["ratio"]).all()
+    assert {"stations, AMSU-A"} <= set(denial["given"])
