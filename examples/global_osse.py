@@ -78,7 +78,7 @@ class Plan:
     protocol: VerificationConfig
     model: world.WorldConfig
     training: world.TrainConfig
-    cycles: int  # windows of the first analysis; each later one goes on from it
+    cycles: int  # windows of an analysis, as many as the last stage trains with
     reports: float  # of a window when forecasting, over those of training
     baselines: globe.GlobeConfig
     filter: letkf.LetkfConfig
@@ -97,8 +97,8 @@ def full() -> Plan:
         protocol=VerificationConfig(warm_up_hours=240),
         model=earth_global.benchmark(),
         training=earth_global.training(),
-        cycles=8,
-        reports=4.0,
+        cycles=6,
+        reports=3.0,
         baselines=globe.GlobeConfig(),
         filter=letkf.LetkfConfig(model=model, ensemble_forecast=True),
         candidates=({}, {"radius_km": 1500.0}, {"additive": 0.25}),
@@ -205,9 +205,7 @@ def forecast_world(experiment: Experiment, wanted: pd.DataFrame) -> None:
             continue
         params = fit_world(experiment, seed, known)
         record = test_record(experiment, known)
-        mean, sd = world.forecast(
-            params, record, wanted, cycles=plan.cycles, cfg=plan.model, tokens=tokens(plan), carry=True
-        )
+        mean, sd = world.forecast(params, record, wanted, cycles=plan.cycles, cfg=plan.model, tokens=tokens(plan))
         keep(path, {f"world_{seed}": mean, f"spread_{seed}": sd})
 
 
