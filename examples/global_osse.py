@@ -425,6 +425,12 @@ def main(arguments: list[str] | None = None) -> int:
         seeds=tuple(given.seeds),
         runs={},
     )
+    stated = given.out / "plan.txt"  # what is kept in OUT belongs to one plan
+    if stated.exists() and stated.read_text() != repr(experiment.plan):
+        print(f"{given.out} holds the results of another plan ({stated}); choose another --out", file=sys.stderr)
+        return 2
+    with appearing_complete(stated, overwrite=True) as temporary:
+        temporary.write_text(repr(experiment.plan))
     test = experiment.run("test")
     wanted = targets(test.truth, test.platforms, experiment.held, test.table, experiment.plan.protocol)
     stages = {

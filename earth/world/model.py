@@ -60,6 +60,9 @@ class WorldConfig:
         bad = [name for name in grouped if known.get(name, True) or grouped.count(name) > 1]
         if bad:
             raise ValueError(f"shared {self.shared}: {bad[0]!r} is fixed, in two groups or not among {names}")
+        for name, variable, _ in self.normals:
+            if variable not in self.sensor(name).variables:
+                raise ValueError(f"normals: {variable!r} is not among {name}'s variables {self.sensor(name).variables}")
         if not self.step > 0:
             raise ValueError(f"step {self.step} h must be above 0")
 

@@ -668,6 +668,8 @@ def test_bad_configs_are_named():
         NetworkConfig(width=10, heads=4)
     with pytest.raises(ValueError, match="cycles 0"):
         StageConfig("x", 1, cycles=0)
+    with pytest.raises(ValueError, match="'rain' is not among station's variables"):
+        dataclasses.replace(CFG, normals=(("station", "rain", 0.0),))
     with pytest.raises(ValueError, match="sensor 'buoy' is not among"):
         CFG.sensor("buoy")
 
