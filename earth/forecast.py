@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from earth import field, geometry, layers, model, network, normals, propagator, windows
+from earth import field, geometry, layers, model, network, normals, propagator, store, windows
 from earth.export import to_dataset
 from earth.model import EarthConfig, Params, Queries, State
 from earth.observations import ObservationError, Reports
 from earth.windows import Stream
-from moe import checkpoint, config
 
 
 def streams_of(params: Params, cfg: EarthConfig, reports: Mapping[str, Reports]) -> dict[str, Stream]:
@@ -208,49 +207,17 @@ def first_member(params: Params) -> Params:
     return Params(fitted, jax.tree.map(lambda x: x[0], params.network))
 
 
-_CLASSES = {
-    c.__name__: c
-    for c in (
-        Params,
-        model.Fitted,
-        normals.Normal,
-        field.Anchors,
-        field.Kernel,
-        propagator.Propagator,
-        network.Network,
-        layers.Dense,
-        network.Block,
-    )
-}
-
-
-def _describe(tree: Any) -> Any:
-    """A parameter tree as JSON: class names, static fields, and shape and dtype of every array."""
-    if dataclasses.is_dataclass(tree):
-        return {
-            "class": type(tree).__name__,
-            "fields": {f.name: _describe(getattr(tree, f.name)) for f in dataclasses.fields(tree)},
-        }
-    if isinstance(tree, Mapping):
-        return {"dict": {k: _describe(v) for k, v in tree.items()}}
-    if isinstance(tree, list):
-        return {"list": [_describe(v) for v in tree]}
-    if isinstance(tree, bool | int | tuple):
-        return {"static": list(tree) if isinstance(tree, tuple) else tree}
-    return {"shape": list(tree.shape), "dtype": str(tree.dtype)}
-
-
-def _skeleton(described: Mapping[str, Any]) -> Any:
-    if "class" in described:
-        return _CLASSES[described["class"]](**{k: _skeleton(v) for k, v in described["fields"].items()})
-    if "dict" in described:
-        return {k: _skeleton(v) for k, v in described["dict"].items()}
-    if "list" in described:
-        return [_skeleton(v) for v in described["list"]]
-    if "static" in described:
-        value = described["static"]
-        return tuple(value) if isinstance(value, list) else value
-    return jax.ShapeDtypeStruct(tuple(described["shape"]), described["dtype"])
+_CLASSES = (
+    Params,
+    model.Fitted,
+    normals.Normal,
+    field.Anchors,
+    field.Kernel,
+    propagator.Propagator,
+    network.Network,
+    layers.Dense,
+    network.Block,
+)
 
 
 def save_model(
@@ -262,10 +229,7 @@ def save_model(
     slim = dataclasses.replace(
         params, fitted=dataclasses.replace(params.fitted, propagator=propagator.final(params.fitted.propagator))
     )
-    extra = {"structure": _describe(slim), "meta": dict(meta or {})}
-    slim = jax.tree.map(lambda x: x if x.size else jnp.zeros(1, x.dtype), slim)  # orbax keeps no empty arrays
-    with checkpoint.Checkpoints(directory, config={"model": cfg}, extra=extra, keep=1) as folder:
-        folder.save(max(folder.steps(), default=-1) + 1, slim)
+    store.save(directory, slim, cfg, meta=meta)
 
 
 def load_model(
@@ -277,14 +241,4 @@ def load_model(
       moe.checkpoint.CheckpointError: nothing there, truncated, or (with `cfg`) of another configuration; the message
       names what differs.
     """
-    step, saved, extra = checkpoint.describe(directory)
-    if "structure" not in extra:
-        raise checkpoint.CheckpointStructureError(
-            f"{directory} holds a training state, not a model; pass the folder that save_model wrote"
-        )
-    found = config.from_dict(EarthConfig, saved["model"])
-    wanted = None if cfg is None else {"model": cfg}
-    shapes = _skeleton(extra["structure"])
-    kept = jax.tree.map(lambda x: x if x.size else jax.ShapeDtypeStruct((1,), x.dtype), shapes)
-    state = checkpoint.restore(directory, kept, step=step, config=wanted).state
-    return jax.tree.map(lambda x, s: x if s.size else jnp.zeros(s.shape, s.dtype), state, shapes), found, extra["meta"]
+    return store.load(directory, EarthConfig, _CLASSES, cfg=cfg)

@@ -148,6 +148,7 @@ class Experiment(NamedTuple):
     out: pathlib.Path
     cache: pathlib.Path
     seeds: tuple[int, ...]
+    held: tuple[str, ...]  # platforms that nobody may read
     runs: dict[str, World]
 
     def run(self, name: str) -> World:
@@ -155,13 +156,11 @@ class Experiment(NamedTuple):
             self.runs[name] = observe(getattr(self.plan, name), cache=self.cache)
         return self.runs[name]
 
-    @property
-    def held(self) -> tuple[str, ...]:
-        return held_out_platforms(self.run("test").platforms, self.plan.protocol)
-
     def reports(self, name: str) -> dict[str, Any]:
-        """{sensor: reports} of a run that the model may read."""
-        return to_reports(given_table(self.run(name).table, self.held))
+        """{sensor: reports} of a run that the model may read; the run's table, gigabytes, is let go."""
+        given = to_reports(given_table(self.run(name).table, self.held))
+        del self.runs[name]
+        return given
 
 
 def keep(path: pathlib.Path, forecasts: dict[str, Any]) -> None:
@@ -217,11 +216,11 @@ def deny(experiment: Experiment) -> None:
         path = experiment.out / f"denial-{seed}.csv"
         if not path.exists():
             params = fit_world(experiment, seed, known)
-            ends = [np.arange(*span) for span in _spans(experiment)]
             names = {s.sensor for s in plan.model.sensors}
             given = {row: [s for s in sensors if s in names] for row, sensors in DENIAL.items()}
+            test, train = test_record(experiment, known), known["train"]
             matrix = world.denial_matrix(
-                params, test_record(experiment, known), ends[1], known["train"], ends[0], cfg=plan.model,
+                params, test, ends(test, 40), train, ends(train, 60), cfg=plan.model,
                 given={row: sensors for row, sensors in given.items() if sensors},
                 predicted=[name for name in PREDICTED if name in names],
             )  # fmt: skip
@@ -233,15 +232,11 @@ def deny(experiment: Experiment) -> None:
     denial_figure(table).savefig(experiment.out / "denial.png")
 
 
-def _spans(experiment: Experiment) -> list[tuple[Any, Any, Any]]:
-    """(first, last, every) end of the windows of the training and the test run that the matrix looks at."""
-    spans: list[tuple[Any, Any, Any]] = []
-    for name, count in (("train", 60), ("test", 40)):
-        truth: Any = experiment.run(name).truth
-        start: Any = np.datetime64(truth.start, "h") + round(experiment.plan.model.step)
-        end: Any = np.datetime64(truth.end, "h")
-        spans.append((start, end, max((end - start) // count, np.timedelta64(1, "h"))))
-    return spans
+def ends(record: world.Record, count: int) -> np.ndarray:
+    """Ends of so many windows of a record, evenly spread."""
+    first, last = (np.datetime64(second, "s").astype("datetime64[h]") for second in record.span)
+    first = first + np.timedelta64(round(record.step), "h")
+    return np.arange(first, last, max((last - first) // count, np.timedelta64(1, "h")))
 
 
 # ---- what it has to beat
@@ -423,6 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
         out=given.out,
         cache=given.out / "nature" if given.cache is None else given.cache,
         seeds=tuple(given.seeds),
+        held=(),
         runs={},
     )
     stated = given.out / "plan.txt"  # what is kept in OUT belongs to one plan
@@ -432,6 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     with appearing_complete(stated, overwrite=True) as temporary:
         temporary.write_text(repr(experiment.plan))
     test = experiment.run("test")
+    experiment = experiment._replace(held=held_out_platforms(test.platforms, experiment.plan.protocol))
     wanted = targets(test.truth, test.platforms, experiment.held, test.table, experiment.plan.protocol)
     stages = {
         "world": lambda: forecast_world(experiment, wanted),

@@ -30,7 +30,9 @@ from earth.world.model import WorldConfig as WorldConfig
 from earth.world.model import advance as advance
 from earth.world.model import assimilate as assimilate
 from earth.world.model import fit as fit
+from earth.world.model import load_model as load_model
 from earth.world.model import observe as observe
+from earth.world.model import save_model as save_model
 from earth.world.network import NetworkConfig as NetworkConfig
 from earth.world.records import Record as Record
 from earth.world.records import SensorConfig as SensorConfig

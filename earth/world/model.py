@@ -11,6 +11,7 @@ member of the family: a regional model of stations around a closed-form propagat
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from earth import geometry
+from earth import geometry, layers, store
+from earth.neighbours import Neighbourhood
 from earth.observations import Reports
 from earth.world import network
 from earth.world.climate import Climate, climate, columns, fit_climate, pool
@@ -208,3 +210,28 @@ def observe(
 def window_end(seconds_1970: int) -> np.int32:
     """End of a window of a `Record` as the model's time."""
     return geometry.seconds(np.datetime64(int(seconds_1970), "s"))
+
+
+_CLASSES = (
+    Params, Fitted, Climate, Anchors, Neighbourhood, Network, network.Attention, network.Block, network.Sense,
+    network.Direct, network.Spectral, layers.Dense,
+)  # fmt: skip
+
+
+def save_model(
+    directory: str | pathlib.Path, params: Params | Fitted, cfg: WorldConfig, *, meta: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a model, or its closed-form part, to a folder, complete or not at all; `meta` is JSON beside it."""
+    store.save(directory, params, cfg, meta=meta)
+
+
+def load_model(
+    directory: str | pathlib.Path, *, cfg: WorldConfig | None = None
+) -> tuple[Any, WorldConfig, dict[str, Any]]:
+    """Reads what `save_model` wrote: (params, config, meta).
+
+    Raises:
+      moe.checkpoint.CheckpointError: nothing there, truncated, or (with `cfg`) of another configuration; the message
+      names what differs.
+    """
+    return store.load(directory, WorldConfig, _CLASSES, cfg=cfg)

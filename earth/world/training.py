@@ -24,6 +24,7 @@ from earth.world import model, network
 from earth.world.model import Fitted, Params, WorldConfig
 from earth.world.records import Record, Tokens
 from moe import training
+from moe.checkpoint import CheckpointStructureError
 from moe.params import init
 from moe.training import Mean
 
@@ -257,7 +258,16 @@ def train(
     records: tuple[Record, ...], fitted: Fitted, cfg: WorldConfig, tcfg: TrainConfig, directory: str | pathlib.Path, *,
     start: Any = None, progress: bool = True,
 ) -> Params:  # fmt: skip
-    """Trains through every stage, each resumable from its own directory below `directory`."""
+    """Trains through every stage, each resumable from its own directory below `directory`.
+
+    The closed-form part is kept there too, in `fitted`, and what is there counts: a network knows the normals that it
+    learned with. The whole model is written to `model` at the end (`earth.world.load_model`).
+
+    Raises:
+      moe.checkpoint.CheckpointError: what `directory` holds was trained with another configuration or other normals.
+    """
+    directory = pathlib.Path(directory)
+    fitted = _kept(fitted, cfg, directory / "fitted")
     specs = network.network_specs(cfg.network, cfg.sensors, int(np.shape(fitted.anchors.statics)[-1]))
     net = init(jax.random.key(tcfg.seed), specs) if start is None else start
     for number, stage in enumerate(tcfg.stages):
@@ -273,9 +283,29 @@ def train(
         )
         data = dataset(records, stage, every=tcfg.starts, seed=tcfg.seed * 10 + number)
         state = training.fit(
-            step, state, iter(data), steps=stage.steps, directory=pathlib.Path(directory) / stage.name,
+            step, state, iter(data), steps=stage.steps, directory=directory / stage.name,
             config={"model": cfg, "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
             log_every=tcfg.log_every, progress=progress, description=stage.name,
         )  # fmt: skip
         net = state.ema_params
-    return Params(fitted, net)
+    params = Params(fitted, net)
+    model.save_model(directory / "model", params, cfg, meta={"seed": tcfg.seed})
+    return params
+
+
+def _kept(fitted: Fitted, cfg: WorldConfig, folder: pathlib.Path) -> Fitted:
+    """What the folder holds, once it is certain to be the same fit (to rounding: another machine, other threads)."""
+    if not folder.exists():
+        model.save_model(folder, fitted, cfg)
+        return fitted
+    known, _, _ = model.load_model(folder, cfg=cfg)
+    same = jax.tree.structure(known) == jax.tree.structure(fitted)
+    for (path, a), b in zip(jax.tree.leaves_with_path(known), jax.tree.leaves(fitted), strict=False):
+        least = 1e-4 * float(np.max(np.abs(a), initial=0.0))
+        same = same and np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-4, atol=least)
+        if not same:
+            raise CheckpointStructureError(
+                f"{folder}: networks there know another {jax.tree_util.keystr(path)} than was fitted now; train "
+                "into another directory, or fit to the reports that they were trained on"
+            )
+    return known

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from scipy.special import sph_harm_y
 
+from earth import forecast as stations
 from earth import geometry
 from earth.neighbours import nearest
 from earth.observations import EmptyWindowError, ObservationError, Reports
@@ -29,6 +30,7 @@ from earth.world.network import NetworkConfig
 from earth.world.records import Record, SensorConfig
 from earth.world.training import StageConfig, TrainConfig, train
 from moe import training
+from moe.checkpoint import CheckpointError
 from moe.params import init
 
 DAYS = 12
@@ -497,6 +499,31 @@ def test_training_again_changes_nothing(record, fitted, trained):
     tcfg, folder, params = trained
     again = train((record,), fitted, CFG, tcfg, folder, progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.network, params.network)
+
+
+def test_a_trained_model_is_read_back_whole(trained, tmp_path):
+    _, folder, params = trained
+    again, cfg, meta = model.load_model(folder / "model", cfg=CFG)
+    assert cfg == CFG
+    assert meta == {"seed": 0}
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    with pytest.raises(CheckpointError, match="step"):
+        model.load_model(folder / "model", cfg=dataclasses.replace(CFG, step=12.0))
+    with pytest.raises(CheckpointError, match="another kind of model"):
+        stations.load_model(folder / "model")
+
+
+def test_networks_go_on_with_the_normals_they_learned_with_only(record, fitted, trained):
+    tcfg, folder, params = trained
+    normal = fitted.normals["station"]
+    warmer = dataclasses.replace(normal, site=normal.site + 0.1)
+    other = dataclasses.replace(fitted, normals={**fitted.normals, "station": warmer})
+    with pytest.raises(CheckpointError, match=r"normals.*station.*site"):
+        train((record,), other, CFG, tcfg, folder, progress=False)
+    nearly = dataclasses.replace(fitted, profile=fitted.profile * (1 + 1e-6))  # another machine's rounding
+    again = train((record,), nearly, CFG, tcfg, folder, progress=False)
+    np.testing.assert_array_equal(again.fitted.profile, params.fitted.profile)
 
 
 def test_a_spin_is_a_part_of_the_chain_without_gradients(params, record):
