@@ -1,24 +1,14 @@
-"""Presets of `examples/demo.py`: what is simulated, what is trained on it, how the time is split."""
+"""Presets of `examples/demo.py`: `make demo`."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from configs import osse_demo
-from earth.model import EarthConfig
-from earth.network import NetworkConfig
-from earth.objectives import ObjectiveConfig
-from earth.osse import NatureConfig, OsseConfig, Placement, RadiosondeNetwork, StationNetwork
-from earth.train import StageConfig, TrainConfig
-from earth.windows import StreamConfig
-
-SURFACE = (
-    "lowest_level_temperature",
-    "surface_pressure",
-    "lowest_level_u_component_of_wind",
-    "lowest_level_v_component_of_wind",
-)
-UPPER = ("temperature", "u_component_of_wind", "v_component_of_wind", "geopotential_height")
+from configs import earth_global, osse_global
+from earth.baselines.globe import GlobeConfig, Kernel
+from earth.osse import OsseConfig
+from earth.osse.verification import VerificationConfig
+from earth.world import StageConfig, TrainConfig, WorldConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,129 +16,65 @@ class Demo:
     """One demonstration.
 
     Attributes:
-      osse: what is simulated and observed.
-      model, training: what is trained on the observations. Its leads are the ones scored.
-      validation_days, gap_days, block_days, blocks: the record ends with `blocks` test blocks of `block_days` each;
-        before them lie a gap, the validation days, another gap, and the training days. The gaps keep windows and
-        targets of two roles apart.
-      held_out_every: every so many-th station is held out.
-      init_hours: hours between initial times of the scored forecasts.
-      points: places, evenly over the globe, where forecasts are scored against the truth.
-      near_km: a place with a training station this close counts as near the network, else as far from it.
-      map_degrees: spacing of the global maps.
+      train, test: the run that is learned from and, of another seed, the one that is forecast.
+      protocol: which platforms are held out, when forecasts start, what they are asked.
+      model, training: of the global model.
+      cycles: windows of an analysis.
+      baselines: what it is compared with; nothing of them is tuned here (`examples/global_osse.py` does).
+      inferred: (sensor, channel) that the maps show where the sensor itself was not read.
+      map_lead, map_degrees: of the maps, hours and spacing.
     """
 
-    osse: OsseConfig
-    model: EarthConfig
+    train: OsseConfig
+    test: OsseConfig
+    protocol: VerificationConfig
+    model: WorldConfig
     training: TrainConfig
-    validation_days: float = 21
-    gap_days: float = 3
-    block_days: float = 7
-    blocks: int = 4
-    held_out_every: int = 16
-    init_hours: int = 6
-    points: int = 400
-    near_km: float = 700.0
+    cycles: int
+    baselines: GlobeConfig
+    inferred: tuple[str, int] = ("simulated_atms", 7)
+    map_lead: int = 24
     map_degrees: float = 2.5
-
-    def __post_init__(self):
-        if self.train_days <= 0:
-            raise ValueError(
-                f"{self.osse.nature.days} days do not hold {self.blocks} test blocks of {self.block_days:g} days, "
-                f"{self.validation_days:g} validation days and two gaps of {self.gap_days:g}; simulate more days"
-            )
-
-    @property
-    def train_days(self) -> float:
-        """Days left for training at the start of the record."""
-        return self.osse.nature.days - self.blocks * self.block_days - self.validation_days - 2 * self.gap_days
-
-
-def model(stations: int, sonde_tokens: int, *, slots, leads, tolerance, network, folds: int = 4) -> EarthConfig:
-    """Two streams: stations with a history each, soundings level by level; the stations' variables are forecast."""
-    wind, upper_wind = SURFACE[2:], UPPER[1:3]
-    return EarthConfig(
-        streams=(
-            StreamConfig(
-                "station",
-                SURFACE,
-                slots=slots,
-                tolerance=tolerance,
-                tokens=stations,
-                instruments=(SURFACE[:1], SURFACE[1:2], wind),
-            ),
-            # Balloons go up at 00 and 12 UTC: with 5 h an analysis at 03 UTC reads them, and targets stay on time.
-            StreamConfig(
-                "radiosonde",
-                UPPER,
-                slots=(0.0,),
-                tolerance=5.0,
-                tokens=sonde_tokens,
-                moving=True,
-                instruments=(UPPER[:1], upper_wind, UPPER[3:]),
-            ),
-        ),
-        targets=tuple(("station", name) for name in SURFACE),
-        anchors=stations,
-        leads=leads,
-        folds=folds,
-        penalties=(10.0, 30.0, 100.0, 300.0),  # reports of a smooth truth are clean
-        network=network,
-    )
 
 
 def demo() -> Demo:
-    """`make demo`: 128 stations and 40 sounding sites over the globe, 180 days; under 12 minutes on 2 cores."""
-    osse = osse_demo.demo()
-    assert osse.stations is not None
-    forecast = StageConfig(
-        "forecast", 400, ((0.0,), (6.0, 12.0), (24.0,), (48.0,)), ObjectiveConfig(), learning_rate=1e-3, queries=32
-    )
+    """60 days of the benchmark's observing system to learn from, 20 of another seed to forecast."""
+    train, test = (_shorter(run, days) for run, days in zip(osse_global.benchmark(), (60, 20), strict=True))
+    model = earth_global.benchmark()
+    third = [dataclasses.replace(s, tokens=s.tokens // 3) for s in model.sensors]
+    protocol = VerificationConfig(warm_up_hours=96, leads=(6, 12, 24, 48, 72))
     return Demo(
-        osse=dataclasses.replace(
-            osse,
-            nature=dataclasses.replace(osse.nature, days=180),
-            stations=dataclasses.replace(osse.stations, count=128),
-        ),
-        model=model(
-            128,
-            256,
-            slots=(0.0, 6.0, 12.0, 24.0),
-            leads=(6.0, 12.0, 24.0, 48.0),
-            tolerance=1.0,
-            network=NetworkConfig(width=64, dropout=0.1),
-        ),
-        training=TrainConfig(stages=(forecast,), batch=32),
+        train,
+        test,
+        protocol,
+        dataclasses.replace(model, sensors=tuple(third)),
+        TrainConfig((StageConfig("short", 1200, cycles=3, leads=2, learning_rate=2e-3),), ema=0.995),
+        cycles=4,
+        baselines=_untuned(protocol, components=(12,), penalties=(0.1,), damping_times=20),
     )
 
 
 def fast() -> Demo:
-    """The same path in under a minute, for tests: an atmosphere still spinning up, whose scores mean nothing."""
-    osse = OsseConfig(
-        nature=NatureConfig(
-            layers=4, spin_up_days=6, days=20, save_hours=6, relief_height=1000.0, diurnal_amplitude=4.0
-        ),
-        stations=StationNetwork(count=24, cadence_hours=6, placement=Placement(clusters=4)),
-        radiosondes=RadiosondeNetwork(count=4, placement=Placement(clusters=2)),
-    )
-    stage = StageConfig("forecast", 12, ((0.0,), (6.0, 24.0)), ObjectiveConfig(), warmup=4, queries=8)
+    """The same path for tests, in a minute: an atmosphere still at rest, whose scores mean nothing."""
+    train, test = osse_global.benchmark_tiny()
+    protocol = VerificationConfig(warm_up_hours=24, leads=(6, 12, 24))
     return Demo(
-        osse=osse,
-        model=model(
-            24,
-            32,
-            slots=(0.0, 6.0, 12.0),
-            leads=(6.0, 24.0),
-            tolerance=1.0,
-            folds=2,
-            network=NetworkConfig(width=16, heads=2, encoder_layers=1),
-        ),
-        training=TrainConfig(stages=(stage,), batch=8),
-        validation_days=3,
-        gap_days=1.5,
-        block_days=1.5,
-        blocks=2,
-        held_out_every=8,
-        points=60,
+        train,
+        test,
+        protocol,
+        earth_global.benchmark_tiny(),
+        TrainConfig((StageConfig("short", 4, cycles=2, leads=1),), checkpoint_every=2),
+        cycles=2,
+        baselines=_untuned(protocol, components=(2,), penalties=(0.1,), damping_times=4, grid=(4, 8), waves=2),
+        map_lead=12,
         map_degrees=15.0,
     )
+
+
+def _shorter(run: OsseConfig, days: int) -> OsseConfig:
+    return dataclasses.replace(run, nature=dataclasses.replace(run.nature, days=days))
+
+
+def _untuned(protocol: VerificationConfig, **sizes) -> GlobeConfig:
+    kernel = Kernel()
+    return GlobeConfig(tuning_times=0, kernels=(kernel, kernel, kernel), leads=protocol.leads, **sizes)

@@ -18,6 +18,7 @@ import io
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -581,6 +582,84 @@ def loss_curve(
 
 
 # ---- the page
+@_styled
+def skill_by_group(scores: pd.DataFrame, *, strong: str = "world") -> Figure:
+    """RMSE against the truth by lead, a panel per group and variable, for tables of `earth.osse.verification.score`.
+
+    Args:
+      scores: columns group, variable, lead_time (h), model and rmse, SI; pressure is drawn in hPa. Models whose names
+        differ by a number at the end (`world_0`, `world_1`: seeds) share a colour and a legend entry.
+      strong: drawn with a thicker line.
+    """
+    family = {name: re.sub(r"_\d+$", "", name) for name in dict.fromkeys(scores["model"])}
+    families = list(dict.fromkeys(family.values()))
+    panels: Any = list(scores.groupby(["group", "variable"], sort=False))
+    across = max(1, min(4, math.ceil(len(panels) / 2)))
+    figure, axes = _panels(len(panels), width=2.75, height=2.8, columns=across)
+    for axis, ((group, variable), part) in zip(axes, panels, strict=True):
+        unit, factor = ("hPa", 0.01) if "pressure" in variable else ("K", 1.0) if "temp" in variable else ("m s⁻¹", 1.0)
+        for name, line in part.groupby("model", sort=False):
+            i = families.index(family[str(name)])
+            first = next(model for model in family if family[model] == families[i])
+            axis.plot(
+                line["lead_time"], line["rmse"] * factor, color=PALETTE[i % 8], marker=MARKERS[i % 8], ms=4,
+                lw=2.2 if families[i] == strong else 1.2, label=model_name(families[i]) if name == first else None,
+            )  # fmt: skip
+        short = variable.removeprefix("lowest_level_").replace("_component_of_wind", "")
+        axis.set(ylim=(0, None), title=f"{group}: {short.replace('surface_', '')} ({unit})")
+        axis.set_xticks(sorted(set(part["lead_time"])))
+        axis.tick_params(axis="x", labelrotation=60)
+    for axis in axes[-across:]:
+        axis.set_xlabel("lead time (h)")
+    for axis in axes[::across]:
+        axis.set_ylabel("RMSE against the truth")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=8)
+    return figure
+
+
+@_styled
+def globe_maps(
+    rows: Sequence[Mapping[str, Any]], *, longitude: np.ndarray, latitude: np.ndarray, title: str | None = None
+) -> Figure:
+    """Maps of the whole globe side by side, a row per quantity, on one scale per row.
+
+    Args:
+      rows: each with `label` (with units), `panels` ({title: [Y, X] values}) and, where there are, `dots` ({title:
+        (longitude, latitude)} of what was read for that panel).
+      longitude, latitude: [X] and [Y] degrees.
+    """
+    columns = max(len(row["panels"]) for row in rows)
+    figure = Figure(figsize=(3.5 * columns, 2.25 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
+    for line, row in zip(axes, rows, strict=True):
+        values = np.stack(list(row["panels"].values()))
+        size = float(np.nanpercentile(np.abs(values), 99.5))
+        low, high = (
+            (-size, size) if np.nanmin(values) < 0 < np.nanmax(values) else np.nanpercentile(values, [0.5, 99.5])
+        )
+        colours = "RdBu_r" if low == -high else "viridis"
+        for axis, (name, field) in zip(line, row["panels"].items(), strict=False):
+            mesh = axis.pcolormesh(
+                longitude, latitude, field, shading="nearest", rasterized=True, cmap=colours, vmin=low, vmax=high
+            )
+            for x, y in [row.get("dots", {}).get(name, ((), ()))]:
+                axis.plot(x, y, ".", color="black", ms=1.8, alpha=0.6)
+            axis.set(xlim=(-180, 180), ylim=(-90, 90), aspect="equal", yticks=(-60, 0, 60))
+            axis.set(xticks=(-180, -90, 0, 90, 180), title=name)
+            axis.xaxis.set_major_formatter(
+                FuncFormatter(lambda x, _: f"{abs(x):g}°{'E' if 0 < x < 180 else 'W' if -180 < x < 0 else ''}")
+            )
+            axis.yaxis.set_major_formatter(
+                FuncFormatter(lambda y, _: f"{abs(y):g}°{'N' if y > 0 else 'S' if y < 0 else ''}")
+            )
+            axis.grid(visible=False)
+        figure.colorbar(mesh, ax=list(line), shrink=0.9, pad=0.01, extend="both").set_label(row["label"])
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
+
+
 def provenance(
     *,
     data: Iterable[str | os.PathLike[str]] = (),

@@ -53,7 +53,7 @@ from earth.osse.verification import (
     skill_limits,
     targets,
 )
-from earth.report import MARKERS, PALETTE, STYLE
+from earth.report import STYLE, skill_by_group
 
 STAGES = ("world", "baselines", "filter", "denial")
 SOUNDERS = ("simulated_amsua", "simulated_atms")
@@ -304,17 +304,6 @@ def forecast_filter(experiment: Experiment, wanted: pd.DataFrame) -> None:
 
 
 # ---- tables and figures
-LABELS = {
-    "lowest_level_temperature": "temperature (K)",
-    "lowest_level_u_component_of_wind": "u (m s⁻¹)",
-    "lowest_level_v_component_of_wind": "v (m s⁻¹)",
-    "surface_pressure": "pressure (hPa)",
-    "temperature": "temperature (K)",
-    "u_component_of_wind": "u (m s⁻¹)",
-    "v_component_of_wind": "v (m s⁻¹)",
-}
-
-
 def report(experiment: Experiment, wanted: pd.DataFrame) -> None:
     """Scores whatever forecasts there are."""
     forecasts: dict[str, Any] = {}
@@ -325,7 +314,7 @@ def report(experiment: Experiment, wanted: pd.DataFrame) -> None:
         return
     table = score(wanted, forecasts)
     table.to_csv(experiment.out / "table.csv", index=False)
-    figure(table).savefig(experiment.out / "rmse.png")
+    skill_by_group(table).savefig(experiment.out / "rmse.png")
     statistical = [name for name in globe.MODELS if name in forecasts]
     parts = [("RMSE", table, "rmse", ["lead_time", "model"])]
     if statistical:
@@ -341,49 +330,6 @@ def report(experiment: Experiment, wanted: pd.DataFrame) -> None:
         print(f"\n{name}\n" + shown.T.to_string(float_format=lambda number: f"{number:.3g}"))
     for caveat in caveats(experiment.plan.test.nature):
         print(f"- {caveat}")
-
-
-def figure(scores: pd.DataFrame) -> Figure:
-    """RMSE against lead, one panel per group and variable, a line per model; seeds of one model are one colour."""
-    models = list(dict.fromkeys(scores["model"]))
-    families = list(dict.fromkeys(_family(name) for name in models))
-    panels: Any = list(scores.groupby(["group", "variable"], sort=False))
-    with matplotlib.rc_context(STYLE):
-        out = Figure(figsize=(11, 5.6), layout="constrained")
-        axes = out.subplots(2, 4).ravel()
-        for axis, ((group, variable), part) in zip(axes, panels, strict=False):
-            hectopascal = 0.01 if variable == "surface_pressure" else 1.0
-            seen = set()
-            for name in models:
-                family = _family(name)
-                i = families.index(family)
-                line = part[part["model"] == name]
-                axis.plot(
-                    line["lead_time"],
-                    line["rmse"] * hectopascal,
-                    color=PALETTE[i],
-                    marker=MARKERS[i],
-                    ms=4,
-                    lw=2.2 if family == "world" else 1.2,
-                    label=None if family in seen else family,
-                )
-                seen.add(family)
-            axis.set(ylim=(0, None), title=f"{group}: {LABELS.get(variable, variable)}")
-            axis.set_xticks(sorted(set(part["lead_time"])))
-            axis.tick_params(axis="x", labelrotation=60)
-        for axis in axes[len(panels) :]:
-            axis.set_axis_off()
-        for axis in axes[4:]:
-            axis.set_xlabel("lead (h)")
-        for axis in axes[::4]:
-            axis.set_ylabel("RMSE against the truth")
-        handles, labels = axes[0].get_legend_handles_labels()
-        out.legend(handles, labels, loc="outside lower center", ncols=8)
-    return out
-
-
-def _family(model: str) -> str:
-    return "world" if model.startswith("world") else model
 
 
 def denial_figure(table: pd.DataFrame) -> Figure:

@@ -1,6 +1,6 @@
 """Set-up shared by all tests: eight host devices, run-time checked shapes, the optional folder of real data.
 
-Everything above the imports of jax must stay above them: XLA reads its flags once, when the first backend starts.
+Everything above the imports of jax must stay above them: XLA and BLAS read their flags once, when they start.
 """
 
 import gc
@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two test processes may both compile for a TPU topology
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask about the topology
 os.environ.setdefault("MPLBACKEND", "agg")
+# Worker processes share the cores: BLAS threads that wait for one another there spin, and small solves take minutes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

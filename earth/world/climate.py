@@ -16,12 +16,14 @@ Shapes: n reports, V variables, F features, P platforms.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Float
 
 from earth import geometry
@@ -37,6 +39,8 @@ _SPREAD_DEGREE = 6
 _ROWS = 60_000
 _BLOCK = 40_000
 _PSEUDO_REPORTS = 10.0
+_LEAST_REPORTS = 50  # of a belt of latitude that says what is known of the cycle of local time
+_LEAST_CYCLE = 0.1  # variance that makes a direction of it known; where all hours are reported it is 0.5
 _FOLDS = 8
 _DAYS = 5  # of a fold where platforms are few: longer than weather remembers
 _STRENGTHS = tuple(10.0**k for k in np.arange(-8.0, 2.5, 0.5))
@@ -52,6 +56,7 @@ class Climate:
       site: [P, V] what each fixed platform adds; zeros for sensors that move.
       centre, scale: [] of the height in m; view: [] largest view angle in degrees.
       reduced: [V] 1 where values are divided by the standard pressure ratio.
+      clock: [4, 4] projection of the cycle of local time on what the reports know of it.
     """
 
     mean: Param
@@ -61,6 +66,7 @@ class Climate:
     scale: Param
     view: Param
     reduced: Param
+    clock: Param
 
 
 def _product(a: Any, b: Any) -> Any:
@@ -79,8 +85,7 @@ def _features(climate: Climate, latitude, longitude, height, view_angle, time) -
     while len(chebyshev) < _HEIGHT_POWERS:
         chebyshev.append(2 * z * chebyshev[-1] - chebyshev[-2])
     powers = jnp.stack(chebyshev, -1)
-    solar = geometry.solar_angle(time, longitude)
-    clock = jnp.stack([jnp.cos(solar), jnp.sin(solar), jnp.cos(2 * solar), jnp.sin(2 * solar)], -1)
+    clock = _cycle(time, longitude) @ climate.clock
     s = view_angle / climate.view
     view = jnp.stack([s**k for k in range(1, _VIEW_POWERS + 1)], -1)
     mean = [
@@ -91,6 +96,30 @@ def _features(climate: Climate, latitude, longitude, height, view_angle, time) -
     ]
     zonal = y[..., _zonal(_SPREAD_DEGREE)]
     return jnp.concatenate(mean, -1), jnp.concatenate([zonal, _product(zonal, powers)], -1)
+
+
+def _cycle(time: Any, longitude: Any) -> Any:
+    """[..., 4] first and second harmonic of local solar time."""
+    solar = geometry.solar_angle(time, longitude)
+    return jnp.stack([jnp.cos(solar), jnp.sin(solar), jnp.cos(2 * solar), jnp.sin(2 * solar)], -1)
+
+
+def _known_cycle(latitude: np.ndarray, cycle: np.ndarray) -> np.ndarray:
+    """[4, 4] projection of cycles [n, 4] on the directions in which the reports vary in every belt of latitude. A
+    satellite that keeps its local time knows one of the four, between its two passes; the rest of a cycle fitted to it
+    would be noise at all hours when it is elsewhere. Belts are joined by the mean of the inverses, which the one that
+    knows least decides.
+    """
+    inverses = []
+    for low, high in itertools.pairwise((-90.0, -30.0, 30.0, 90.0)):
+        own = cycle[(latitude >= low) & (latitude <= high)]
+        if len(own) >= _LEAST_REPORTS:
+            inverses.append(np.linalg.inv(np.cov(own.T) + 1e-4 * np.eye(4)))
+    if not inverses:
+        return np.zeros((4, 4))
+    spread, direction = np.linalg.eigh(np.mean(inverses, 0))  # of the inverse
+    known = direction[:, 1.0 / spread >= _LEAST_CYCLE]
+    return np.eye(4) if known.shape[1] == 4 else known @ known.T
 
 
 def _penalties() -> tuple[np.ndarray, np.ndarray]:
@@ -194,11 +223,12 @@ def fit_climate(reports: Reports, *, sites: bool, rows: int = _ROWS, seed: int =
     limit = max(float(np.abs(view).max(initial=0.0)), 1.0)
     centre, scale = float(height.min() + height.max()) / 2, max(float(np.ptp(height)) / 2, 100.0)
     reduced = np.array([name in REDUCED for name in reports.variables], np.float32)
+    time = geometry.seconds(reports.times[own])
     shell = Climate(
         *(np.zeros((0, v), np.float32) for _ in range(3)),
         centre=np.float32(centre), scale=np.float32(scale), view=np.float32(limit), reduced=reduced,
+        clock=_known_cycle(reports.latitude[own], np.asarray(_cycle(time, reports.longitude[own]))).astype(np.float32),
     )  # fmt: skip
-    time = geometry.seconds(reports.times[own])
     at = [np.float32(x) for x in (reports.latitude[own], reports.longitude[own], height, view)]
     ratio = 1.0 + reduced * (np.asarray(geometry.standard_pressure_ratio(height))[:, None] - 1.0)
     values = reports.values[own] / ratio
@@ -239,30 +269,33 @@ def _ridge(features: np.ndarray, targets: np.ndarray, penalty: np.ndarray, fold:
     """
     out = np.zeros((features.shape[1], targets.shape[1]))
     weight = np.where(np.arange(len(penalty)) == 0, 0.0, penalty)
-    for i, y in enumerate(targets.T):
-        rows = np.isfinite(y)
-        offset = float(y[rows].mean())
+    patterns, which = np.unique(np.isfinite(targets), axis=1, return_inverse=True)
+    for pattern, rows in enumerate(patterns.T):  # targets that are missing together share every factorisation
+        columns = np.flatnonzero(which.ravel() == pattern)
+        y, count = targets[:, columns], rows.sum()
+        offset = y[rows].mean(0)
         grams, moments, squares = [], [], []
         for f in np.unique(fold[rows]):
             own = rows & (fold == f)
             x, t = features[own], y[own] - offset
             grams.append(x.T @ x)
             moments.append(x.T @ t)
-            squares.append(t @ t)
-        gram, moment, count = np.sum(grams, 0), np.sum(moments, 0), rows.sum()
-        floor = 1e-10 * count
+            squares.append((t * t).sum(0))
+        gram, moment = np.sum(grams, 0), np.sum(moments, 0)
 
-        def solve(a, b, strength, floor=floor, count=count):
-            return np.linalg.solve(a + np.diag(count * strength * weight + floor), b)
+        def solve(a, b, strength, count=count):
+            return scipy.linalg.solve(a + np.diag(count * (strength * weight + 1e-10)), b, assume_a="pos")
 
-        errors = []
-        for strength in _STRENGTHS if len(grams) > 1 else ():
-            found = [solve(gram - g, moment - m, strength) for g, m in zip(grams, moments, strict=True)]
-            parts = zip(found, grams, moments, squares, strict=True)
-            errors.append(sum(w @ g @ w - 2 * w @ m + s for w, g, m, s in parts))
-        best = _STRENGTHS[int(np.argmin(errors))] if errors else _STRENGTHS[-1]
-        out[:, i] = solve(gram, moment, best)
-        out[0, i] += offset
+        errors = np.zeros((len(_STRENGTHS), len(columns)))
+        for error, strength in zip(errors if len(grams) > 1 else (), _STRENGTHS, strict=False):
+            for g, m, s in zip(grams, moments, squares, strict=True):
+                w = solve(gram - g, moment - m, strength)
+                error += (w * (g @ w - 2 * m)).sum(0) + s
+        best = errors.argmin(0) if len(grams) > 1 else np.full(len(columns), len(_STRENGTHS) - 1)
+        for k in np.unique(best):
+            mine = best == k
+            out[:, columns[mine]] = solve(gram, moment[:, mine], _STRENGTHS[k])
+        out[0, columns] += offset
     return out
 
 

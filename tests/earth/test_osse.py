@@ -16,7 +16,7 @@ import xarray as xr
 from scipy.integrate import quad
 from scipy.interpolate import RegularGridInterpolator
 
-from configs.osse_demo import demo, held_suarez, tiny
+from configs.osse_stations import demo, held_suarez, tiny
 from earth.observations import COLUMNS, to_reports, validate
 from earth.osse import (
     DinosaurMissingError,

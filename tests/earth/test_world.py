@@ -245,6 +245,46 @@ def test_normals_of_clustered_sites_carry_to_other_places():
         assert np.sqrt(np.mean(far**2)) < 5.0  # one penalty for all degrees: 50 to 300
 
 
+def test_a_satellite_that_keeps_its_local_time_has_a_normal_at_every_hour(monkeypatch):
+    """Weather of 5 K and no cycle of the day, seen at 9:30 and 21:30 only, an hour of local time to either side."""
+    rng = np.random.default_rng(0)
+    n = 20_000
+    seconds = START + rng.integers(0, 60 * 86400, n)
+    latitude = np.rad2deg(np.arcsin(rng.uniform(-0.99, 0.99, n)))
+    local = rng.choice([9.5, 21.5], n) + rng.uniform(-0.7, 0.7, n)
+    longitude = (15 * (local - seconds % 86400 / 3600) + 180) % 360 - 180
+    day = (seconds - START) / 86400
+    weather = sum(
+        5 * np.sin(np.deg2rad(k * longitude + 360 * day / period + phase)) * np.cos(np.deg2rad(latitude))
+        for k, period, phase in ((3, 9.0, 0.0), (5, 5.3, 70.0), (7, 4.1, 200.0))
+    )
+    value = 250 - 20 * np.sin(np.deg2rad(latitude)) ** 2 + weather
+    reports = ordered(
+        "amsua", ("brightness_temperature:5",), ("M",), np.zeros(n), seconds, (latitude, longitude, 0 * latitude),
+        (value,), view_angle=0 * latitude,
+    )  # fmt: skip
+    lat, lon = (x.ravel() for x in np.meshgrid(np.arange(-80.0, 81.0, 20.0), np.arange(-180.0, 180.0, 30.0)))
+    expected = 250 - 20 * np.sin(np.deg2rad(lat)) ** 2
+
+    def errors():
+        """Root mean square over hours and places, and the largest cycle of any place, K: there is none."""
+        normal = fit_climate(reports, sites=False)
+        zero, out = np.zeros_like(lat, np.float32), []
+        for hour in range(0, 24, 3):
+            time = np.full(lat.shape, geometry.seconds(np.datetime64(START + 3600 * hour, "s")), np.int32)
+            mean, _ = normals.climate(normal, np.float32(lat), np.float32(lon), zero, zero, time)
+            out.append(np.asarray(mean)[:, 0] - expected)
+        return np.sqrt(np.mean(np.square(out))), np.ptp(out, 0).max()
+
+    error, cycle = errors()
+    monkeypatch.setattr(normals, "_LEAST_CYCLE", 0.0)  # as if all hours were known
+    worse, noise = errors()
+    assert error < 0.4, error  # of 4 K
+    assert cycle < 0.6, cycle
+    assert worse > 2 * error, worse
+    assert noise > 1.2, noise
+
+
 def test_sensors_that_share_a_normal_tell_each_other_of_places():
     rng = np.random.default_rng(0)
     sonde = clustered(rng, "radiosonde", ("temperature",), 1, 8)

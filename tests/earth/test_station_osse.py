@@ -1,4 +1,4 @@
-"""`examples/demo.py` from end to end on a small simulated atmosphere, and what its scores mean."""
+"""`examples/station_osse.py` from end to end on a small simulated atmosphere, and what its scores mean."""
 
 import dataclasses
 import re
@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from configs import earth_demo
+from configs import station_osse
 from earth.baselines import MODELS
 from earth.forecast import load_model
 from earth.osse import caveats, query, simulate
 from earth.protocol import Protocol
-from examples import demo
+from examples import station_osse as example
 
 pytest.importorskip("dinosaur", reason="the nature run needs the extra `osse`")
 
@@ -26,7 +26,7 @@ FIGURES |= {f"{kind}_{group}" for kind in ("skill", "scorecard") for group in GR
 def out(tmp_path_factory):
     """What one run of the command line leaves behind."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    assert demo.main(["--fast", "--quiet", "--out", str(folder), "--seed", "3"]) == 0
+    assert example.main(["--fast", "--quiet", "--out", str(folder), "--seed", "3"]) == 0
     return folder
 
 
@@ -58,7 +58,7 @@ def test_every_file_is_there_and_complete(out):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert path.stat().st_size > 5_000
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")], "a temporary file was left behind"
-    params, cfg, meta = load_model(out / "model", cfg=earth_demo.fast().model)
+    params, cfg, meta = load_model(out / "model", cfg=station_osse.fast().model)
     assert meta["seed"] == 3
     assert {s.sensor for s in cfg.streams} == {"station", "radiosonde"}
     held = len(meta["protocol"]["held_out"])
@@ -68,11 +68,11 @@ def test_every_file_is_there_and_complete(out):
 
 @pytest.mark.slow  # a whole demo: minutes
 def test_scores_have_every_cell_once_and_are_finite(scores):
-    preset = earth_demo.fast()
+    preset = station_osse.fast()
     assert {"variable", "lead_hours", "stations", "model", "rmse", "mae", "crps", "n"} <= set(scores.columns)
     assert set(scores.stations) == GROUPS
     assert set(scores.model) == {"earth-o1", *MODELS}
-    assert set(scores.variable) == set(earth_demo.SURFACE)
+    assert set(scores.variable) == set(station_osse.SURFACE)
     assert set(scores.lead_hours) == set(preset.model.leads)
     keys = ["variable", "lead_hours", "stations", "model"]
     assert not scores.duplicated(keys).any()
@@ -103,7 +103,7 @@ def test_model_beats_climatology_and_persistence(scores):
 
 @pytest.mark.slow  # a whole demo: minutes
 def test_scores_against_the_truth_are_what_the_truth_says(out, scores, protocol):
-    preset = earth_demo.fast()
+    preset = station_osse.fast()
     osse = dataclasses.replace(preset.osse, seed=3, nature=dataclasses.replace(preset.osse.nature, seed=3))
     truth = simulate(osse, cache=out / "nature", progress=False).truth
     made = xr.open_zarr(out / "forecast.zarr", decode_timedelta=True)
@@ -127,16 +127,16 @@ def test_report_stands_alone_and_says_what_it_cannot_show(out):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(FIGURES)
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for sentence in caveats(earth_demo.fast().osse.nature):
+    for sentence in caveats(station_osse.fast().osse.nature):
         assert sentence in page
     assert "lower bound of the uncertainty" in page
 
 
 def test_split_keeps_roles_apart_and_stations_out():
-    preset = earth_demo.demo()
+    preset = station_osse.demo()
     names = [f"ST{i:04d}" for i in range(200)]
     start = np.datetime64("2000-01-01", "ns")
-    made = demo.split(preset, start, names)
+    made = example.split(preset, start, names)
     assert len(made.held_out) == len(names[:: preset.held_out_every])
     hours = start + np.arange(preset.osse.nature.days * 24) * np.timedelta64(1, "h")
     role = made.role(hours)
@@ -153,7 +153,7 @@ def test_split_keeps_roles_apart_and_stations_out():
 
 
 def test_a_record_too_short_for_its_split_is_refused():
-    preset = earth_demo.demo()
+    preset = station_osse.demo()
     short = dataclasses.replace(preset.osse, nature=dataclasses.replace(preset.osse.nature, days=50))
     with pytest.raises(ValueError, match=r"50 days do not hold 4 test blocks of 7 days.*simulate more days"):
         dataclasses.replace(preset, osse=short)
@@ -164,7 +164,7 @@ def test_a_record_too_short_for_its_split_is_refused():
 def test_same_seed_gives_the_same_scores(out, tmp_path):
     """A second run in another folder repeats every number; the second run in the same folder takes its checkpoints."""
     first = (out / "scores.csv").read_bytes()
-    demo.main(["--fast", "--quiet", "--out", str(tmp_path / "again"), "--seed", "3"])
+    example.main(["--fast", "--quiet", "--out", str(tmp_path / "again"), "--seed", "3"])
     assert (tmp_path / "again" / "scores.csv").read_bytes() == first
-    demo.main(["--fast", "--quiet", "--out", str(out), "--seed", "3"])
+    example.main(["--fast", "--quiet", "--out", str(out), "--seed", "3"])
     assert (out / "scores.csv").read_bytes() == first

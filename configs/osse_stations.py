@@ -1,4 +1,4 @@
-"""Presets of the observing-system simulation experiment behind `make demo`."""
+"""Presets of the observing-system simulation experiment of stations and soundings (`configs/station_osse.py`)."""
 
 from earth.osse import NatureConfig, OsseConfig, Placement, RadiosondeNetwork, StationNetwork
 
