@@ -7,7 +7,7 @@ import numpy as np
 
 from earth.osse.nature import continentality, relief
 from earth.world.field import FieldConfig
-from earth.world.model import WorldConfig
+from earth.world.model import Shared, WorldConfig
 from earth.world.network import NetworkConfig
 from earth.world.records import SensorConfig
 from earth.world.training import StageConfig, TrainConfig
@@ -41,7 +41,8 @@ def benchmark() -> WorldConfig:
         field=FieldConfig(anchors=512, neighbours=8, reach=20),
         network=NetworkConfig(),
         normals=tuple(("radiosonde", name, height) for name in _UPPER for height in (1500.0, 5500.0, 11000.0)),
-        shared=(("radiosonde", "aircraft"),),
+        # air over land is warmer by day and colder by night: temperature near the ground is each sensor's own
+        shared=(Shared(("radiosonde", "aircraft")), Shared(("station", "ship", "scatterometer"), _SURFACE[1:])),
     )
 
 

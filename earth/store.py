@@ -82,6 +82,12 @@ def _skeleton(described: Mapping[str, Any], classes: Mapping[str, type], directo
                 f"{directory} holds a {name}, none of {sorted(classes)}; it is another kind of model: open it with the "
                 "load_model of its package"
             )
+        known, found = {f.name for f in dataclasses.fields(classes[name])}, set(described["fields"])
+        if known != found:
+            raise checkpoint.CheckpointStructureError(
+                f"{directory}: its {name} differs from today's by {sorted(known ^ found)}; it was written by another "
+                "version of the library: train anew, or open it with that version"
+            )
         return classes[name](**{k: _skeleton(v, classes, directory) for k, v in described["fields"].items()})
     if "dict" in described:
         return {k: _skeleton(v, classes, directory) for k, v in described["dict"].items()}

@@ -25,6 +25,7 @@ from earth.world.inversion import InversionConfig as InversionConfig
 from earth.world.inversion import fit_inversion as fit_inversion
 from earth.world.inversion import invert as invert
 from earth.world.model import Params as Params
+from earth.world.model import Shared as Shared
 from earth.world.model import State as State
 from earth.world.model import WorldConfig as WorldConfig
 from earth.world.model import advance as advance

@@ -17,7 +17,7 @@ Shapes: n reports, V variables, F features, P platforms.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -158,16 +158,20 @@ def climate(
     return value * ratio, jnp.exp(spread @ normal.spread) * ratio
 
 
-def pool(reports: Sequence[Reports], *, rows: int = _ROWS, seed: int = 0) -> Reports:
-    """Reports of several sensors as one, with all their variables: for sensors that measure the same, whose normals one
-    fit then shares (sondes say where the air is at any height, aircraft where nobody launches).
+def pool(
+    reports: Sequence[Reports], *, variables: Sequence[str] | None = None, rows: int = _ROWS, seed: int = 0
+) -> Reports:
+    """Reports of several sensors as one: for sensors that measure the same, whose normals one fit then shares (sondes
+    say where the air is at any height, aircraft where nobody launches).
 
     Args:
       reports: of each sensor; heights as for `fit_climate`.
+      variables: to keep, of sensors that have them; all by default.
       rows: drawn of each at most, so that a frequent sensor does not drown a rare one.
     """
     rng = np.random.default_rng(seed)
-    variables = tuple(dict.fromkeys(name for r in reports for name in r.variables))
+    known = dict.fromkeys(name for r in reports for name in r.variables)
+    variables = tuple(name for name in known if variables is None or name in variables)
     parts: dict[str, list[np.ndarray]] = {
         k: [] for k in ("platform", "time", "latitude", "longitude", "height", "values", "view_angle")
     }
@@ -175,7 +179,9 @@ def pool(reports: Sequence[Reports], *, rows: int = _ROWS, seed: int = 0) -> Rep
     for r in reports:
         own = np.sort(rng.choice(len(r), min(len(r), rows), replace=False))
         values = np.full((len(own), len(variables)), np.nan)
-        values[:, [variables.index(name) for name in r.variables]] = r.values[own]
+        for i, name in enumerate(variables):
+            if name in r.variables:
+                values[:, i] = r.values[own, r.variables.index(name)]
         parts["values"].append(values)
         parts["platform"].append(r.platform[own] + len(platforms))
         parts["view_angle"].append(np.zeros(len(own)) if r.view_angle is None else r.view_angle[own])
@@ -189,20 +195,17 @@ def pool(reports: Sequence[Reports], *, rows: int = _ROWS, seed: int = 0) -> Rep
     return Reports(reports[0].sensor, variables, tuple(platforms), **joined)
 
 
-def columns(normal: Climate, index: Sequence[int]) -> Climate:
-    """The normal of some of its variables, for any platform."""
-    i = list(index)
-    return dataclasses.replace(
-        normal, mean=normal.mean[:, i], spread=normal.spread[:, i], site=normal.site[:0, i], reduced=normal.reduced[i]
-    )
-
-
-def fit_climate(reports: Reports, *, sites: bool, rows: int = _ROWS, seed: int = 0) -> Climate:
+def fit_climate(
+    reports: Reports, *, sites: bool, joint: Climate | None = None, shared: Sequence[int] | None = None,
+    rows: int = _ROWS, seed: int = 0,
+) -> Climate:  # fmt: skip
     """The normal of one sensor's reports.
 
     Args:
       reports: training reports; heights must be finite (`earth.world.records`).
       sites: platforms stand still, and keep what their own reports add.
+      joint: a normal whose mean some variables take, and but for sites its deviation.
+      shared: [V] column of each variable there, -1 for those that are fitted here.
       rows: drawn at most.
       seed: of the rows drawn and of the folds.
 
@@ -224,18 +227,23 @@ def fit_climate(reports: Reports, *, sites: bool, rows: int = _ROWS, seed: int =
     centre, scale = float(height.min() + height.max()) / 2, max(float(np.ptp(height)) / 2, 100.0)
     reduced = np.array([name in REDUCED for name in reports.variables], np.float32)
     time = geometry.seconds(reports.times[own])
-    shell = Climate(
-        *(np.zeros((0, v), np.float32) for _ in range(3)),
-        centre=np.float32(centre), scale=np.float32(scale), view=np.float32(limit), reduced=reduced,
-        clock=_known_cycle(reports.latitude[own], np.asarray(_cycle(time, reports.longitude[own]))).astype(np.float32),
-    )  # fmt: skip
+    theirs = np.full(v, -1) if shared is None else np.asarray(shared)
+    if joint is None:
+        empty = np.zeros((0, v), np.float32)
+        cycle = np.asarray(_cycle(time, reports.longitude[own]))
+        shell = Climate(
+            empty, empty, empty, centre=np.float32(centre), scale=np.float32(scale), view=np.float32(limit),
+            reduced=reduced, clock=_known_cycle(reports.latitude[own], cycle).astype(np.float32),
+        )  # fmt: skip
+    else:
+        shell = dataclasses.replace(joint, reduced=reduced)
     at = [np.float32(x) for x in (reports.latitude[own], reports.longitude[own], height, view)]
     ratio = 1.0 + reduced * (np.asarray(geometry.standard_pressure_ratio(height))[:, None] - 1.0)
     values = reports.values[own] / ratio
     features, coarse = (np.asarray(part, np.float64) for part in _features(shell, at[0], at[1], at[2], at[3], time))
     fold = _folds(reports.platform[own], time, rng)
     smooth, coarse_smooth = _penalties()
-    mean = _ridge(features, values, smooth, fold)
+    mean = _filled(joint and joint.mean, theirs, lambda i: _ridge(features, values[:, i], smooth, fold))
     residual = values - features @ mean
     site = np.zeros((len(reports.platforms) if sites else 0, v))
     if sites:
@@ -247,12 +255,30 @@ def fit_climate(reports: Reports, *, sites: bool, rows: int = _ROWS, seed: int =
             site[:, i] = total / (count + _PSEUDO_REPORTS)
         residual = residual - site[owner]
     floor = 1e-4 * np.nanstd(residual, 0) + 1e-12
-    spread = 0.5 * _ridge(coarse, np.log(residual**2 + floor**2), coarse_smooth, fold)
-    # E log r^2 lies below log E r^2: one factor puts the mean square of the standardised residual at 1.
-    spread[0] += 0.5 * np.log(np.nanmean((residual / np.exp(coarse @ spread)) ** 2, 0) + 1e-12)
+
+    def deviation(i):
+        log = 0.5 * _ridge(coarse, np.log(residual[:, i] ** 2 + floor[i] ** 2), coarse_smooth, fold)
+        # E log r^2 lies below log E r^2: one factor puts the mean square of the standardised residual at 1.
+        log[0] += 0.5 * np.log(np.nanmean((residual[:, i] / np.exp(coarse @ log)) ** 2, 0) + 1e-12)
+        return log
+
+    spread = _filled(joint and joint.spread, np.full(v, -1) if sites else theirs, deviation)
     return dataclasses.replace(
         shell, mean=mean.astype(np.float32), spread=spread.astype(np.float32), site=site.astype(np.float32)
     )
+
+
+def _filled(known: Any, column: np.ndarray, fit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[F, V]: columns of `known` where there are (>= 0), the others fitted together."""
+    own = np.flatnonzero(column < 0)
+    found = fit(own) if len(own) else None
+    length = len(known) if found is None else len(found)
+    out = np.zeros((length, len(column)))
+    if found is not None:
+        out[:, own] = found
+    if len(own) < len(column):
+        out[:, column >= 0] = np.asarray(known, float)[:, column[column >= 0]]
+    return out
 
 
 def _folds(platform: np.ndarray, time: np.ndarray, rng: np.random.Generator) -> np.ndarray:

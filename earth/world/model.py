@@ -24,11 +24,25 @@ from earth import geometry, layers, store
 from earth.neighbours import Neighbourhood
 from earth.observations import Reports
 from earth.world import network
-from earth.world.climate import Climate, climate, columns, fit_climate, pool
+from earth.world.climate import Climate, climate, fit_climate, pool
 from earth.world.field import Anchors, FieldConfig, make_anchors
 from earth.world.network import Network, NetworkConfig
 from earth.world.records import SensorConfig, Tokens, select
 from moe.params import Param
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Sensors that measure the same: one normal is fitted to the reports of all.
+
+    Attributes:
+      sensors: names. Those that are fixed keep what their platforms add, and a deviation of their own.
+      variables: that are shared among those that have them; None: all that two or more have. The others are fitted to
+        the sensor's own reports.
+    """
+
+    sensors: tuple[str, ...]
+    variables: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +56,7 @@ class WorldConfig:
         what radiometers weigh; None takes 5 K everywhere.
       normals: (sensor, variable, height in m) of normals that the anchors are told: anomalies live on a mean state that
         carries them, and the network knows no longitude to learn it by.
-      shared: groups of sensors, none of them fixed, that measure the same: one normal is fitted to all of a group.
+      shared: groups of sensors with one normal, a sensor in one at most.
     """
 
     sensors: tuple[SensorConfig, ...]
@@ -51,17 +65,21 @@ class WorldConfig:
     step: float = 12.0
     temperature: tuple[str, str] | None = ("radiosonde", "temperature")
     normals: tuple[tuple[str, str, float], ...] = ()
-    shared: tuple[tuple[str, ...], ...] = ()
+    shared: tuple[Shared, ...] = ()
 
     def __post_init__(self):
         names = [s.sensor for s in self.sensors]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"sensors {names} must be at least one, each once")
-        known = {s.sensor: s.fixed for s in self.sensors}
-        grouped = [name for group in self.shared for name in group]
-        bad = [name for name in grouped if known.get(name, True) or grouped.count(name) > 1]
+        grouped = [name for group in self.shared for name in group.sensors]
+        bad = [name for name in grouped if name not in names or grouped.count(name) > 1]
         if bad:
-            raise ValueError(f"shared {self.shared}: {bad[0]!r} is fixed, in two groups or not among {names}")
+            raise ValueError(f"shared: {bad[0]!r} is in two groups, or not among the sensors {names}")
+        for group in self.shared:
+            have = [v for name in group.sensors for v in self.sensor(name).variables]
+            for variable in group.variables or ():
+                if have.count(variable) < 2:
+                    raise ValueError(f"shared: not two of {group.sensors} have {variable!r}; leave it out of the group")
         for name, variable, _ in self.normals:
             if variable not in self.sensor(name).variables:
                 raise ValueError(f"normals: {variable!r} is not among {name}'s variables {self.sensor(name).variables}")
@@ -100,17 +118,22 @@ class State:
 
 def fit(reports: Mapping[str, Reports], cfg: WorldConfig, *, statics: Any = None, seed: int = 0) -> Fitted:
     """The closed-form part, from training reports."""
-    grouped = {name for group in cfg.shared for name in group}
+    grouped = {name for group in cfg.shared for name in group.sensors}
     normals = {
         s.sensor: fit_climate(select(reports, s), sites=s.fixed, seed=seed)
         for s in cfg.sensors
         if s.sensor not in grouped
     }
     for group in cfg.shared:
-        pooled = pool([select(reports, cfg.sensor(name)) for name in group], seed=seed)
+        members = [cfg.sensor(name) for name in group.sensors]
+        have = [v for s in members for v in s.variables]
+        common = [v for v in dict.fromkeys(have) if have.count(v) > 1 and v in (group.variables or have)]
+        pooled = pool([select(reports, s) for s in members], variables=common, seed=seed)
         joint = fit_climate(pooled, sites=False, rows=len(pooled), seed=seed)
-        for name in group:
-            normals[name] = columns(joint, [pooled.variables.index(v) for v in cfg.sensor(name).variables])
+        for s in members:
+            column = [pooled.variables.index(v) if v in pooled.variables else -1 for v in s.variables]
+            own = select(reports, s)
+            normals[s.sensor] = fit_climate(own, sites=s.fixed, joint=joint, shared=column, seed=seed)
     heights = np.asarray(cfg.network.heights, np.float32)
     profile = np.full(len(heights), 5.0, np.float32)
     if cfg.temperature is not None:

@@ -25,7 +25,7 @@ from earth.world.denial import denial_matrix
 from earth.world.field import FieldConfig, make_anchors
 from earth.world.forecasts import analyse, forecast, queries
 from earth.world.inversion import InversionConfig, fit_inversion, invert
-from earth.world.model import Params, WorldConfig
+from earth.world.model import Params, Shared, WorldConfig
 from earth.world.network import NetworkConfig
 from earth.world.records import Record, SensorConfig
 from earth.world.training import StageConfig, TrainConfig, train
@@ -292,7 +292,7 @@ def test_sensors_that_share_a_normal_tell_each_other_of_places():
     cfg = dataclasses.replace(
         CFG,
         sensors=(SensorConfig("radiosonde", ("temperature",)), SensorConfig("aircraft", ("temperature",))),
-        shared=(("radiosonde", "aircraft"),),
+        shared=(Shared(("radiosonde", "aircraft")),),
     )
     lat, lon = sphere(rng, 400)
     z = rng.uniform(1000, 9000, 400)
@@ -303,8 +303,10 @@ def test_sensors_that_share_a_normal_tell_each_other_of_places():
         if one.shared:
             jax.tree.map(np.testing.assert_array_equal, *(fitted.normals[s.sensor] for s in one.sensors))
     assert errors[0] < 3.0 < 5.0 < errors[1], errors
-    with pytest.raises(ValueError, match="'ship' is fixed, in two groups or not among"):
-        dataclasses.replace(cfg, shared=(("radiosonde", "ship"),))
+    with pytest.raises(ValueError, match="'ship' is in two groups, or not among"):
+        dataclasses.replace(cfg, shared=(Shared(("radiosonde", "ship")),))
+    with pytest.raises(ValueError, match=r"not two of .* have 'wind'"):
+        dataclasses.replace(cfg, shared=(Shared(("radiosonde", "aircraft"), ("wind",)),))
 
 
 def test_anchors_are_told_the_normals_they_stand_in(reports):
