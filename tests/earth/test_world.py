@@ -309,6 +309,35 @@ def test_sensors_that_share_a_normal_tell_each_other_of_places():
         dataclasses.replace(cfg, shared=(Shared(("radiosonde", "aircraft"), ("wind",)),))
 
 
+def test_a_fixed_sensor_shares_a_mean_and_keeps_what_its_platforms_add():
+    """Stations in one place, each with a bias of its own, learn of the rest of the globe from ships."""
+    rng = np.random.default_rng(1)
+    station = clustered(rng, "station", ("temperature",), 1, 8)
+    bias = 3 * rng.normal(0, 1, 8)
+    station = dataclasses.replace(station, values=station.values + bias[station.platform][:, None])
+    ship = clustered(rng, "ship", ("temperature",), 30, 2)
+    cfg = dataclasses.replace(
+        CFG,
+        sensors=(SensorConfig("station", ("temperature",), fixed=True), SensorConfig("ship", ("temperature",))),
+        shared=(Shared(("station", "ship")),), temperature=("ship", "temperature"),
+    )  # fmt: skip
+    lat, lon = sphere(rng, 400)
+    z = rng.uniform(1000, 9000, 400)
+    reports = {"station": station, "ship": ship}
+    near, alone = (model.fit(reports, one) for one in (cfg, dataclasses.replace(cfg, shared=())))
+    far = [np.sqrt(np.mean(off_normal(f.normals["station"], lat, lon, z) ** 2)) for f in (near, alone)]
+    assert far[0] < 3.0 < 5.0 < far[1], far
+    at = [x.astype(np.float32) for x in (station.latitude, station.longitude, station.height, 0 * station.height)]
+    left = []
+    for platform in (None, station.platform):
+        mean, _ = normals.climate(near.normals["station"], *at, geometry.seconds(station.times), platform)
+        departure = station.values[:, 0] - np.asarray(mean)[:, 0]
+        left.append(np.bincount(station.platform, departure) / np.bincount(station.platform))
+    assert np.std(left[0]) > 1.0  # of the biases
+    np.testing.assert_allclose(left[1], left[0] * 10 / 34, atol=0.05)  # 24 reports each, drawn to 0 as by ten
+    assert near.normals["ship"].site.shape == (0, 1)
+
+
 def test_anchors_are_told_the_normals_they_stand_in(reports):
     cfg = dataclasses.replace(CFG, normals=(("radiosonde", "temperature", 1000.0),))
     fitted = model.fit(reports, cfg, statics=lambda latitude, longitude: (0 * latitude)[:, None])
