@@ -36,8 +36,6 @@ from earth.export import appearing_complete
 from earth.observations import to_reports
 from earth.osse import OsseConfig, Truth, brightness_temperature, caveats, observe, profiles, query
 from earth.osse.verification import given_table, held_out_platforms, score, skill_limits, targets
-from earth.world import forecasts
-from earth.world.climate import climate
 from moe import training
 
 HEIGHT, PRESSURE = 5500.0, 50_000.0  # of the upper-air map
@@ -151,17 +149,13 @@ def maps(demo: Demo, truth: Truth, model: Any, wanted: pd.DataFrame) -> tuple[li
     rows = []
     for name, variable, height, true, label in quantities:
         without = {s.sensor: s.sensor != name or name != sounder for s in cfg.sensors}
-        state = forecasts.analyse(params, record, init, cycles=demo.cycles, cfg=cfg, given=without)
+        state = world.analyse(params, record, init, cycles=demo.cycles, cfg=cfg, given=without)
         column = cfg.sensor(name).variables.index(variable)
         panels = {}
         for key, when in times.items():
             ahead = round((when - init) / np.timedelta64(3600, "s") / cfg.step)
-            q = forecasts.queries(cfg, params.fitted.anchors, name, *forecasts.pad(np.stack([lat, lon, height], 1)).T)
             later = world.advance(params, state, ahead, cfg=cfg)
-            found = np.asarray(world.observe(params, later, name, q, cfg=cfg)[0])[: len(lat), column]
-            x, y, z = (np.asarray(x, np.float32) for x in (lat, lon, height))
-            usual, _ = climate(params.fitted.normals[name], x, y, z, 0 * z, later.time)
-            usual = np.broadcast_to(np.asarray(usual), (len(lat), len(cfg.sensor(name).variables)))[:, column]
+            found, _, usual = (x[:, column] for x in world.sample(params, later, name, lat, lon, height, cfg=cfg))
             word = "now" if key == "now" else f"{demo.map_lead} h later"
             panels[f"truth, {word}"] = (true(when) - usual).reshape(shape)
             panels["analysis" if key == "now" else f"{demo.map_lead} h forecast"] = (found - usual).reshape(shape)

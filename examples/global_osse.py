@@ -13,18 +13,20 @@ saw. Stages:
 - `baselines`: climatology, persistence, optimal interpolation and a vector autoregression (`earth.baselines.globe`);
 - `filter`: an ensemble Kalman filter that owns what the others must learn, the equations, at a coarser truncation: it
   stands for an operational centre (`earth.osse.letkf`);
-- `denial`: which sensor tells of which, beside the climate and a linear regression.
+- `denial`: which sensor tells of which, beside the climate and a linear regression;
+- `scales`: how much of the truth's variance the model's forecasts have, by scale (mean-squared errors blur).
 
 OUT keeps each stage's forecasts and models, so that a stage that was killed goes on and one that is finished is not run
 again. It receives table.csv (RMSE per model, group, variable and lead), ratios.csv (over the best statistical
 baseline), limits.csv (lead at which a forecast stops beating climatology), counts.csv (what the filter read),
-denial.csv, rmse.png and denial.png.
+denial.csv, scales.csv, and figures rmse.png, denial.png, scales.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import sys
 import time
@@ -41,8 +43,9 @@ from configs import earth_global, osse_global
 from earth import world
 from earth.baselines import globe
 from earth.export import appearing_complete
+from earth.geometry import standard_height
 from earth.observations import to_reports
-from earth.osse import OsseConfig, World, caveats, letkf, observe
+from earth.osse import OsseConfig, World, caveats, letkf, observe, query
 from earth.osse.nature import dynamical_core
 from earth.osse.verification import (
     VerificationConfig,
@@ -54,8 +57,9 @@ from earth.osse.verification import (
     targets,
 )
 from earth.report import STYLE, skill_by_group
+from earth.scales import compare_scales, even_points
 
-STAGES = ("world", "baselines", "filter", "denial")
+STAGES = ("world", "baselines", "filter", "denial", "scales")
 SOUNDERS = ("simulated_amsua", "simulated_atms")
 DENIAL = {  # rows of the matrix
     "stations": ("station",),
@@ -66,6 +70,12 @@ DENIAL = {  # rows of the matrix
     "stations, ATMS": ("station", SOUNDERS[1]),
     "all others": ("station", "radiosonde", *SOUNDERS, "scatterometer", "aircraft", "ship"),
 }
+DEGREE = 21  # of the scales: the truth's own truncation
+SCALES = (  # sensor, variable, pressure in Pa
+    ("station", "lowest_level_temperature", None),
+    ("radiosonde", "temperature", 50_000.0),
+    ("radiosonde", "v_component_of_wind", 50_000.0),
+)
 PREDICTED = ("station", "radiosonde", *SOUNDERS, "aircraft")
 
 
@@ -232,6 +242,46 @@ def deny(experiment: Experiment) -> None:
     denial_figure(table).savefig(experiment.out / "denial.png")
 
 
+def measure_scales(experiment: Experiment, wanted: pd.DataFrame) -> None:
+    """Spectra of departures from the normal, forecast and true, at every lead that is whole steps."""
+    plan, known = experiment.plan, dict[str, Any]()
+    truth: Any = experiment.run("test").truth
+    latitude, longitude = even_points(DEGREE)
+    ground = query(truth, ["surface_altitude"], truth.start, latitude, longitude)["surface_altitude"]
+    inits = np.unique(wanted["init_time"].to_numpy("datetime64[s]"))[::5]
+    ahead = [0, *(lead for lead in plan.protocol.leads if lead % plan.model.step == 0)]
+    parts = []
+    for seed in experiment.seeds:
+        params = fit_world(experiment, seed, known)
+        record = test_record(experiment, known)
+        found: dict[Any, list[Any]] = {}
+        for init in inits:
+            state = world.analyse(params, record, init, cycles=plan.cycles, cfg=plan.model, tokens=tokens(plan))
+            for before, lead in itertools.pairwise([0, *ahead]):
+                state = world.advance(params, state, round((lead - before) / plan.model.step), cfg=plan.model)
+                for sensor, variable, pressure in SCALES:
+                    height = ground if pressure is None else standard_height(np.full(len(latitude), pressure))
+                    made, _, usual = world.sample(params, state, sensor, latitude, longitude, height, cfg=plan.model)
+                    column = plan.model.sensor(sensor).variables.index(variable)
+                    level = {} if pressure is None else {"pressure": pressure}
+                    valid = init + np.timedelta64(lead, "h")
+                    exact = query(truth, [variable], valid, latitude, longitude, **level)[variable]
+                    pair = np.stack([made[:, column], exact]) - usual[:, column]
+                    found.setdefault((variable, pressure, lead), []).append(pair)
+        for (variable, pressure, lead), pairs in found.items():
+            made, exact = np.stack(pairs, 1)
+            spectra = compare_scales(made, exact, latitude, longitude, DEGREE)
+            parts.append(
+                pd.DataFrame(spectra).assign(
+                    degree=np.arange(DEGREE + 1), seed=seed, variable=variable, pressure=pressure, lead_time=lead
+                )
+            )
+    table = pd.concat(parts, ignore_index=True)
+    with appearing_complete(experiment.out / "scales.csv", overwrite=True) as temporary:
+        table.to_csv(temporary, index=False)
+    scales_figure(table).savefig(experiment.out / "scales.png")
+
+
 def ends(record: world.Record, count: int) -> np.ndarray:
     """Ends of so many windows of a record, evenly spread."""
     first, last = (np.datetime64(second, "s").astype("datetime64[h]") for second in record.span)
@@ -350,6 +400,26 @@ def denial_figure(table: pd.DataFrame) -> Figure:
     return out
 
 
+def scales_figure(table: pd.DataFrame) -> Figure:
+    """Variance of forecasts over the truth's by degree, a panel per variable, a line per lead, mean over seeds."""
+    panels: Any = list(table.groupby(["variable", "pressure"], sort=False, dropna=False))
+    with matplotlib.rc_context(STYLE):
+        out = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
+        for axis, ((variable, pressure), part) in zip(out.subplots(1, len(panels), sharey=True), panels, strict=True):
+            leads = sorted(set(part["lead_time"]))
+            for i, lead in enumerate(leads):
+                own = part[part["lead_time"] == lead].groupby("degree")[["forecast", "truth"]].mean()
+                colour = matplotlib.colormaps["viridis"](i / max(len(leads) - 1, 1))
+                axis.plot(own.index, own["forecast"] / own["truth"], color=colour, label=f"{lead} h")
+            place = "near the ground" if np.isnan(pressure) else f"at {pressure / 100:g} hPa"
+            name = str(variable).removeprefix("lowest_level_").replace("_component_of_wind", "-wind")
+            axis.set(title=f"{name} {place}", xlabel="degree of spherical harmonic", ylim=(0, 1.5))
+            axis.axhline(1.0, color="black", lw=0.8)
+        out.axes[0].set_ylabel("variance over the truth's")
+        out.axes[0].legend(title="lead", ncols=2)
+    return out
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
@@ -381,6 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
         "baselines": lambda: forecast_baselines(experiment, wanted),
         "filter": lambda: forecast_filter(experiment, wanted),
         "denial": lambda: deny(experiment),
+        "scales": lambda: measure_scales(experiment, wanted),
     }
     for name in given.stages:
         clock = time.perf_counter()

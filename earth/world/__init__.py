@@ -20,6 +20,7 @@ from earth.world.field import FieldConfig as FieldConfig
 from earth.world.forecasts import analyse as analyse
 from earth.world.forecasts import forecast as forecast
 from earth.world.forecasts import queries as queries
+from earth.world.forecasts import sample as sample
 from earth.world.inversion import Inversion as Inversion
 from earth.world.inversion import InversionConfig as InversionConfig
 from earth.world.inversion import fit_inversion as fit_inversion

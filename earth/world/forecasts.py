@@ -19,6 +19,7 @@ from earth import geometry
 from earth.neighbours import nearest
 from earth.observations import ObservationError
 from earth.world import model, network
+from earth.world.climate import climate
 from earth.world.model import Params, State, WorldConfig
 from earth.world.records import Record, Tokens, host_place
 
@@ -147,6 +148,21 @@ def forecast(
                 out[0, own[known]] = mean[back.ravel()[known], column[known]]
                 out[1, own[known]] = sd[back.ravel()[known], column[known]]
     return out[0], out[1]
+
+
+def sample(
+    params: Params, state: State, sensor: str, latitude: Any, longitude: Any, height: Any, *, cfg: WorldConfig,
+    view_angle: Any = 0.0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """(prediction, standard deviation, normal) [Q, V], SI, of a sensor at points (as for `queries`), at the state's time;
+    for maps and spectra.
+    """
+    place = np.stack(np.broadcast_arrays(latitude, longitude, height, view_angle), -1).astype(np.float32)
+    padded = pad(place)
+    q = queries(cfg, params.fitted.anchors, sensor, *padded[:, :3].T, view_angle=padded[:, 3])
+    mean, sd = (np.asarray(x)[: len(place)] for x in _jitted(cfg)[2](params, state, sensor, q))
+    usual, _ = climate(params.fitted.normals[sensor], place[:, 0], place[:, 1], place[:, 2], place[:, 3], state.time)
+    return mean, sd, np.broadcast_to(np.asarray(usual), mean.shape)
 
 
 def pad(points: np.ndarray, multiple: int = 128) -> np.ndarray:
