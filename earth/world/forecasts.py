@@ -154,8 +154,8 @@ def sample(
     params: Params, state: State, sensor: str, latitude: Any, longitude: Any, height: Any, *, cfg: WorldConfig,
     view_angle: Any = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """(prediction, standard deviation, normal) [Q, V], SI, of a sensor at points (as for `queries`), at the state's time;
-    for maps and spectra.
+    """(prediction, standard deviation, normal) [Q, V], SI, of a sensor at points (as for `queries`) and at the state's
+    time; for maps and spectra.
     """
     place = np.stack(np.broadcast_arrays(latitude, longitude, height, view_angle), -1).astype(np.float32)
     padded = pad(place)
