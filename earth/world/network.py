@@ -32,6 +32,7 @@ from earth.sensors import split_channel
 from earth.world.field import Anchors, FieldConfig, place
 from earth.world.records import SensorConfig, Tokens
 from moe.params import Constant, FanIn, Param, ParamSpec, zeros
+from moe.sharding import constrain
 
 PLACE = 9  # of a report: height (5), latitude (2), solar time (2)
 AGE = 2
@@ -273,6 +274,16 @@ def _decay(a: Attention, m: int) -> Any:
     return jnp.broadcast_to(jnp.exp(a.decay), (m, a.decay.shape[0]))
 
 
+def _anchored(h: Any) -> Any:
+    """[M, D], split as the anchors are (nothing without a mesh)."""
+    return constrain(h, "anchor", "embed")
+
+
+def _reported(x: Any) -> Any:
+    """[N, D], split as the reports are (nothing without a mesh)."""
+    return constrain(x, "query", "embed")
+
+
 def _run(block: Block, h: Any, anchors: Anchors, forcing: Any, *, cfg: NetworkConfig) -> Any:
     shift, gain = jnp.split(apply(block.forcing, forcing), 2, -1)
     a = block.attention
@@ -282,12 +293,12 @@ def _run(block: Block, h: Any, anchors: Anchors, forcing: Any, *, cfg: NetworkCo
     mixed = attend(q, k, v, _decay(a, h.shape[0]), meet, coefficient=a.moments).reshape(h.shape)
     h = h + apply(block.out, mixed)
     y = layer_norm(h) * (1.0 + gain)
-    return h + apply(block.down, jax.nn.gelu(apply(block.up, y)))
+    return _anchored(h + apply(block.down, jax.nn.gelu(apply(block.up, y))))
 
 
 def background(net: Network, anchors: Anchors, time: Any) -> Float[Any, "M D"]:
     """The field before any report: what forcing alone says."""
-    return apply(net.place, forcing_features(anchors, time))
+    return _anchored(apply(net.place, forcing_features(anchors, time)))
 
 
 def step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig) -> Any:
@@ -313,7 +324,7 @@ def read_column(
     key, value = (_heads(apply(to, y), cfg.heads) for to in (a.key, a.value))
     meet = pairs(at, anchors.place, t.near, frame=anchors.frame)
     out = attend(query, key, value, _decay(a, h.shape[0]), meet, coefficient=a.moments)
-    return out.reshape(n, -1)
+    return _reported(out.reshape(n, -1))
 
 
 def hidden_layer(net: Network, column: Any, about: Any, age: Any) -> Any:
@@ -414,7 +425,7 @@ def analyse(
         about, age = about_report(t, end, step)
         v = t.view_angle / 60.0
         x = x + apply(sense.about, jnp.concatenate([about, age, jnp.stack([v, v * v, v * 0 + 1], -1)], -1))
-        x = x + apply(sense.hidden, jax.nn.gelu(x))
+        x = _reported(x + apply(sense.hidden, jax.nn.gelu(x)))
         a = sense.attention
         at = place(field, t.latitude, t.longitude, t.height)
         query, key, value = (_heads(apply(to, of), cfg.heads) for to, of in ((a.query, y), (a.key, x), (a.value, x)))
@@ -423,7 +434,7 @@ def analyse(
         out, mass = collect(query, key, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
         total = total + apply(sense.merge, out.reshape(h.shape)) + apply(sense.mass, mass)
     x = apply(net.blend, y + total)
-    h = y + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total)
+    h = _anchored(y + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total))
     forcing = forcing_features(anchors, end)
     for block in net.analysis:
         h = _run(block, h, anchors, forcing, cfg=cfg)

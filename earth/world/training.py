@@ -7,9 +7,11 @@ the last analysis is scored on what was hidden from it (whole sensors, and some 
 paper's figure), and every forecast window on all its reports. Curriculum: stages with more cycles and leads.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from earth.observations import EmptyWindowError
 from earth.world import model, network
 from earth.world.model import Fitted, Params, WorldConfig
 from earth.world.records import Record, Tokens
+from earth.world.sharding import GLOBE, place_batch, split_over
 from moe import training
-from moe.params import init
+from moe.params import init, shardings
+from moe.sharding import AxisRules, HostShard, current_rules, host_shard, use_mesh
 from moe.training import Mean
 
 
@@ -115,11 +120,27 @@ def starts(records: tuple[Record, ...], windows: int, every: int) -> np.ndarray:
     return out
 
 
-def dataset(records: tuple[Record, ...], stage: StageConfig, *, every: int, seed: int) -> grain.IterDataset:
-    """Endless, shuffled, resumable batches of chains, thinned anew each time."""
+def dataset(
+    records: tuple[Record, ...], stage: StageConfig, *, every: int, seed: int, shard: HostShard = HostShard(0, 1)
+) -> grain.IterDataset:
+    """Endless, shuffled, resumable batches of chains, thinned anew each time.
+
+    Args:
+      every: hours between the starts of samples.
+      shard: this process's part: every `count`-th chain of the same order.
+
+    Raises:
+      EmptyWindowError: no record is as long as a chain.
+      ValueError: a batch that does not divide over the processes.
+    """
+    if stage.batch % shard.count:
+        raise ValueError(f"stage {stage.name!r}: batch {stage.batch} does not divide over {shard.count} processes")
     first = starts(records, stage.spin + stage.cycles + stage.leads, every)
     data = grain.MapDataset.source(_Rows(first)).seed(seed).shuffle().repeat().random_map(_Sample(records, stage))
-    return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)).batch(stage.batch)
+    if shard.count > 1:
+        data = data[shard.index : sys.maxsize // 2 : shard.count]
+    read = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    return read.batch(stage.batch // shard.count)
 
 
 class _Rows:
@@ -220,7 +241,8 @@ def loss(
         found = one(*jax.tree.map(lambda x: x[0], (batch["tokens"], batch["time"], keys)))
         given, before, now, after = jax.tree.map(lambda x: x[None], found)
     else:
-        given, before, now, after = jax.vmap(one)(batch["tokens"], batch["time"], keys)
+        spread = jax.vmap(one, spmd_axis_name=_batch_axes() or None)
+        given, before, now, after = spread(batch["tokens"], batch["time"], keys)
     for s in cfg.sensors:
         t, name = batch["tokens"][s.sensor], s.sensor
         b, c = stage.spin, stage.spin + stage.cycles
@@ -253,29 +275,78 @@ def loss(
     return objective, {k: v[0] for k, v in metrics.items()}
 
 
+def _batch_axes() -> tuple[str, ...]:
+    rules, mesh = current_rules(), jax.sharding.get_abstract_mesh()
+    return () if rules is None or mesh.empty else split_over("batch", mesh, rules)[0]
+
+
 def train(
     records: tuple[Record, ...], fitted: Fitted, cfg: WorldConfig, tcfg: TrainConfig, directory: str | pathlib.Path, *,
-    start: Any = None, progress: bool = True,
+    start: Any = None, mesh: Any = None, rules: AxisRules = GLOBE, progress: bool = True,
 ) -> Params:  # fmt: skip
-    """Trains through every stage, each resumable from its own directory below `directory`."""
+    """Trains through every stage, each resumable from its own directory below `directory`.
+
+    Args:
+      start: parameters of the network to start from; drawn by default.
+      mesh, rules: over all devices of all processes (`earth.world.sharding`); every process calls this with the same
+        arguments and gets the same parameters back. A stage's `batch` is the global one, of which every process reads
+        its share.
+
+    Raises:
+      EmptyWindowError: no record is as long as a stage's chain.
+      ValueError: a batch that does not divide over the mesh.
+    """
+    context = contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules)
     specs = network.network_specs(cfg.network, cfg.sensors, int(np.shape(fitted.anchors.statics)[-1]))
     net = init(jax.random.key(tcfg.seed), specs) if start is None else start
-    for number, stage in enumerate(tcfg.stages):
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, stage.learning_rate, min(stage.warmup, stage.steps // 4 + 1), max(stage.steps, 2),
-            0.02 * stage.learning_rate,
-        )  # fmt: skip
-        mask = functools.partial(jax.tree.map, lambda x: x.ndim >= 2)
-        optimizer = optax.adamw(schedule, b2=0.99, weight_decay=stage.weight_decay, mask=mask)
-        state = training.init_state(net, optimizer, jax.random.key(tcfg.seed + 7), ema=True)
-        step = training.make_train_step(
-            functools.partial(loss, fitted=fitted, cfg=cfg, stage=stage), optimizer, clip_norm=1.0, ema_decay=tcfg.ema
-        )
-        data = dataset(records, stage, every=tcfg.starts, seed=tcfg.seed * 10 + number)
-        state = training.fit(
-            step, state, iter(data), steps=stage.steps, directory=pathlib.Path(directory) / stage.name,
-            config={"model": cfg, "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
-            log_every=tcfg.log_every, progress=progress, description=stage.name,
-        )  # fmt: skip
-        net = state.ema_params
+    if mesh is not None:
+        net = jax.device_put(net, shardings(specs, mesh, rules))
+    with context:
+        for number in range(len(tcfg.stages)):
+            net = _train_stage(records, fitted, cfg, tcfg, number, net, pathlib.Path(directory), mesh, rules, progress)
+    if mesh is not None:
+        net = jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(net))
     return Params(fitted, net)
+
+
+def _train_stage(
+    records: tuple[Record, ...], fitted: Fitted, cfg: WorldConfig, tcfg: TrainConfig, number: int, net: Any,
+    directory: pathlib.Path, mesh: Any, rules: AxisRules, progress: bool,
+) -> Any:  # fmt: skip
+    """The averaged parameters after a stage."""
+    stage = tcfg.stages[number]
+    optimizer = make_optimizer(stage)
+    state = training.init_state(net, optimizer, jax.random.key(tcfg.seed + 7), ema=True)
+    options: Any = dict(clip_norm=1.0, ema_decay=tcfg.ema)
+    how = functools.partial(loss, cfg=cfg, stage=stage)
+    place, shard = None, HostShard(0, 1)
+    if mesh is None:
+        step = training.make_train_step(functools.partial(how, fitted=fitted), optimizer, **options)
+    else:
+        place, shard = functools.partial(place_batch, mesh=mesh, rules=rules), host_shard(mesh, rules)
+        kept = jax.device_put(fitted, NamedSharding(mesh, PartitionSpec()))
+        made = training.make_train_step(
+            lambda net, batch, rng, fitted: how(net, batch, rng, fitted=fitted), optimizer,
+            shardings=training.state_shardings(state), **options,
+        )  # fmt: skip
+
+        def step(state: Any, batch: Any) -> Any:
+            return made(state, batch, kept)
+
+    data = dataset(records, stage, every=tcfg.starts, seed=tcfg.seed * 10 + number, shard=shard)
+    state = training.fit(
+        step, state, iter(data), steps=stage.steps, directory=directory / stage.name,
+        config={"model": cfg, "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
+        log_every=tcfg.log_every, place=place, progress=progress, description=stage.name,
+    )  # fmt: skip
+    return state.ema_params
+
+
+def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
+    """AdamW of a stage."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, stage.learning_rate, min(stage.warmup, stage.steps // 4 + 1), max(stage.steps, 2),
+        0.02 * stage.learning_rate,
+    )  # fmt: skip
+    mask = functools.partial(jax.tree.map, lambda x: x.ndim >= 2)
+    return optax.adamw(schedule, b2=0.99, weight_decay=stage.weight_decay, mask=mask)
