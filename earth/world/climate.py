@@ -72,7 +72,7 @@ def _zonal(degree: int) -> np.ndarray:
 
 
 def _features(climate: Climate, latitude, longitude, height, view_angle, time) -> tuple[Any, Any]:
-    """(features of the mean [..., F], of the deviation [..., G]); `_penalties` goes with them."""
+    """(features of the mean [..., F], of the deviation [..., G]); `penalties` goes with them."""
     y = geometry.harmonics(latitude, longitude, DEGREE)
     z = jnp.clip((height - climate.centre) / climate.scale, -1.05, 1.05)
     chebyshev = [z, 2 * z * z - 1]
@@ -93,7 +93,7 @@ def _features(climate: Climate, latitude, longitude, height, view_angle, time) -
     return jnp.concatenate(mean, -1), jnp.concatenate([zonal, _product(zonal, powers)], -1)
 
 
-def _penalties() -> tuple[np.ndarray, np.ndarray]:
+def penalties() -> tuple[np.ndarray, np.ndarray]:
     """Relative penalties ([F], [G]) of `_features`: the inverse of the variance expected of each coefficient."""
 
     def smooth(degrees):
@@ -204,7 +204,7 @@ def fit_climate(reports: Reports, *, sites: bool, rows: int = _ROWS, seed: int =
     values = reports.values[own] / ratio
     features, coarse = (np.asarray(part, np.float64) for part in _features(shell, at[0], at[1], at[2], at[3], time))
     fold = _folds(reports.platform[own], time, rng)
-    smooth, coarse_smooth = _penalties()
+    smooth, coarse_smooth = penalties()
     mean = _ridge(features, values, smooth, fold)
     residual = values - features @ mean
     site = np.zeros((len(reports.platforms) if sites else 0, v))

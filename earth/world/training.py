@@ -28,6 +28,7 @@ from earth.world.model import Fitted, Params, WorldConfig
 from earth.world.records import Record, Tokens
 from earth.world.sharding import GLOBE, place_batch, split_over
 from moe import training
+from moe.config import to_dict
 from moe.params import init, shardings
 from moe.sharding import AxisRules, HostShard, current_rules, host_shard, use_mesh
 from moe.training import Mean
@@ -336,10 +337,22 @@ def _train_stage(
     data = dataset(records, stage, every=tcfg.starts, seed=tcfg.seed * 10 + number, shard=shard)
     state = training.fit(
         step, state, iter(data), steps=stage.steps, directory=directory / stage.name,
-        config={"model": cfg, "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
+        config={"model": _saved(cfg), "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
         log_every=tcfg.log_every, place=place, progress=progress, description=stage.name,
     )  # fmt: skip
     return state.ema_params
+
+
+_LATER: Mapping[str, Any] = {"operands": "float32"}
+
+
+def _saved(cfg: WorldConfig) -> dict[str, Any]:
+    """The config for checkpoints. Options of the network that came later are in it only where they are used, so that
+    runs begun before them go on.
+    """
+    kept = to_dict(cfg)
+    kept["network"] = {k: v for k, v in kept["network"].items() if k not in _LATER or v != _LATER[k]}
+    return kept
 
 
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
