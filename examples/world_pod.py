@@ -250,7 +250,7 @@ def maps(rows: float, *shapes: tuple[int, int]) -> Work:
 
 def visits(points: int, field: FieldConfig, anchors: np.ndarray, reach: int | None = None) -> int:
     """Pairs of a tile of points and a tile of anchors that meet, counted by `earth.kernels.neighbour_attention.tiles`
-    on points drawn evenly over the sphere; with `reach` the points are the first anchors themselves.
+    on points drawn evenly over the sphere; with `reach` the points are anchors themselves, a band about the equator.
     """
     from earth.kernels.neighbour_attention import pairs
     from earth.kernels.neighbour_attention.shapes import POINTS
@@ -261,7 +261,7 @@ def visits(points: int, field: FieldConfig, anchors: np.ndarray, reach: int | No
         latitude = np.rad2deg(np.arcsin(rng.uniform(-1, 1, points)))
         place = host_place(field, latitude, rng.uniform(-180, 180, points), 0 * latitude)
     else:
-        place = anchors[:points]
+        place = anchors[(len(anchors) - points) // 2 :][:points]
     near = nearest(place, anchors, reach or field.neighbours)
     meet = sort(pairs(jnp.asarray(place, jnp.float32), jnp.asarray(anchors, jnp.float32), near), TILE).meet
     return int(meet[POINTS].count.sum())

@@ -8,7 +8,7 @@
 
 Which device has which report is free, for reports never travel (`earth.kernels.neighbour_attention.sharded`): they are
 cut where they stand, padded to a multiple of the devices with reports that are not there. Anchors are cut along the
-Fibonacci sphere, and their number must divide. All choices here are ours.
+Fibonacci sphere, and their number must divide; so must that of experts, if there are any. All choices here are ours.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,11 @@ from earth.neighbours import Neighbourhood
 from earth.world.records import Tokens
 from moe.sharding import AxisRules, HostShard, host_shard, partition_spec
 
-GLOBE = AxisRules.of("GLOBE", activations={"batch": ("data",), "query": ("space",), "anchor": ("space",)})
+GLOBE = AxisRules.of(
+    "GLOBE",
+    weights={"expert": ("space",)},
+    activations={"batch": ("data",), "query": ("space",), "anchor": ("space",), "expert": ("space",)},
+)
 
 
 def split_over(name: str, mesh: Any, rules: AxisRules) -> tuple[tuple[str, ...], int]:

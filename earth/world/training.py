@@ -73,7 +73,12 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Stages in order, each from the last one's averaged parameters; `starts` every so many hours begin a sample."""
+    """Stages in order, each from the last one's averaged parameters.
+
+    Attributes:
+      starts: every so many hours a sample begins.
+      balance: weight of the load-balancing loss, where the dynamics have mixtures of experts.
+    """
 
     stages: tuple[StageConfig, ...]
     seed: int = 0
@@ -81,6 +86,7 @@ class TrainConfig:
     starts: int = 1
     checkpoint_every: int = 500
     log_every: int = 20
+    balance: float = 0.01
 
 
 def chain(record: Record, first: int, windows: int, rng: np.random.Generator, tokens: Any = None) -> dict[str, Any]:
@@ -174,29 +180,30 @@ def shown(rng: Any, tokens: Mapping[str, Tokens], cfg: WorldConfig, stage: Stage
 def run(
     params: Params, tokens: Mapping[str, Tokens], time: Any, given: Mapping[str, Any], *, cfg: WorldConfig, cycles: int,
     leads: int, spin: int = 0, remat: bool = False,
-) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+) -> tuple[Any, Any, Any, Any, list[Mean]]:  # fmt: skip
     """One chain.
 
     Returns:
       (readings before each analysis but the spin's {sensor: [cycles, N, V] pairs}, readings of the last analysis,
-      readings of each forecast window {sensor: [leads, N, V] pairs}, the last analysis [M, D]).
+      readings of each forecast window {sensor: [leads, N, V] pairs}, the last analysis [M, D], the load-balancing loss
+      of every mixture in the steps but the spin's).
     """
     net, anchors = params.network, params.fitted.anchors
 
     def cycle(h, x):
         t, end, g = x
-        h = network.step(net, h, anchors, end, cfg=cfg.network)
+        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network)
         before = model.read_field(params, h, t, end, cfg=cfg)
         h = network.analyse(
             net, h, anchors, t, g, {k: jax.lax.stop_gradient(v[0]) for k, v in before.items()}, end, cfg=cfg.network,
             field=cfg.field, sensors=cfg.sensors, step=cfg.step,
         )  # fmt: skip
-        return h, before
+        return h, (before, balance)
 
     def forecast(h, x):
         t, end = x
-        h = network.step(net, h, anchors, end, cfg=cfg.network)
-        return h, model.read_field(params, h, t, end, cfg=cfg)
+        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network)
+        return h, (model.read_field(params, h, t, end, cfg=cfg), balance)
 
     if remat:
         cycle, forecast = jax.checkpoint(cycle), jax.checkpoint(forecast)
@@ -209,20 +216,23 @@ def run(
         h, _ = jax.lax.scan(cycle, h, part((tokens, time, given), 0, spin))
         h = jax.lax.stop_gradient(h)
     end = spin + cycles
-    h, before = jax.lax.scan(cycle, h, part((tokens, time, given), spin, end))
+    h, (before, balance) = jax.lax.scan(cycle, h, part((tokens, time, given), spin, end))
     at = jax.tree.map(lambda x: x[end - 1], tokens)
     now = model.read_field(params, h, at, time[end - 1], cfg=cfg)
     after = None
     if leads:
-        _, after = jax.lax.scan(forecast, h, part((tokens, time), end, end + leads))
-    return before, now, after, h
+        _, (after, more) = jax.lax.scan(forecast, h, part((tokens, time), end, end + leads))
+        balance = [*balance, *more]
+    return before, now, after, h, balance
 
 
 def loss(
-    net: Any, batch: Mapping[str, Any], rng: Any, *, fitted: Fitted, cfg: WorldConfig, stage: StageConfig
-) -> tuple[Any, Any]:
+    net: Any, batch: Mapping[str, Any], rng: Any, *, fitted: Fitted, cfg: WorldConfig, stage: StageConfig,
+    balance: float = 0.01,
+) -> tuple[Any, Any]:  # fmt: skip
     """Squared error of the mean in standard deviations, and a quarter of the Gaussian likelihood of the spread about
-    it (whose gradient stops at the mean): {objective per sensor and kind}, metrics.
+    it (whose gradient stops at the mean): {objective per sensor and kind}, metrics. With mixtures of experts
+    `balance` times their load-balancing loss, reported as "balance": 1 where all have as much to do.
     """
     params = Params(fitted, net)
     samples = batch["time"].shape[0]
@@ -232,18 +242,18 @@ def loss(
 
     def one(tokens, time, key):
         given = shown(key, tokens, cfg, stage)
-        before, now, after, _ = run(
+        before, now, after, _, uneven = run(
             params, tokens, time, given, cfg=cfg, cycles=stage.cycles, leads=stage.leads, spin=stage.spin,
             remat=stage.remat,
         )  # fmt: skip
-        return given, before, now, after
+        return given, before, now, after, uneven
 
     if samples == 1:  # gathers with a batch axis are three times as slow on a CPU
         found = one(*jax.tree.map(lambda x: x[0], (batch["tokens"], batch["time"], keys)))
-        given, before, now, after = jax.tree.map(lambda x: x[None], found)
+        given, before, now, after, uneven = jax.tree.map(lambda x: x[None], found)
     else:
         spread = jax.vmap(one, spmd_axis_name=_batch_axes() or None)
-        given, before, now, after = spread(batch["tokens"], batch["time"], keys)
+        given, before, now, after, uneven = spread(batch["tokens"], batch["time"], keys)
     for s in cfg.sensors:
         t, name = batch["tokens"][s.sensor], s.sensor
         b, c = stage.spin, stage.spin + stage.cycles
@@ -273,6 +283,9 @@ def loss(
     for kind, found in totals.items():
         for s, m in zip(cfg.sensors, found, strict=True):
             objective[f"{kind}_{s.sensor}"] = Mean(m.total * s.weight / len(cfg.sensors), m.weight)
+    if uneven:
+        total, weight = (sum(jnp.sum(getattr(m, part)) for m in uneven) for part in ("total", "weight"))
+        objective["balance"], metrics["balance"] = Mean(balance * total, weight), [Mean(total, weight)]
     return objective, {k: v[0] for k, v in metrics.items()}
 
 
@@ -319,7 +332,7 @@ def _train_stage(
     optimizer = make_optimizer(stage)
     state = training.init_state(net, optimizer, jax.random.key(tcfg.seed + 7), ema=True)
     options: Any = dict(clip_norm=1.0, ema_decay=tcfg.ema)
-    how = functools.partial(loss, cfg=cfg, stage=stage)
+    how = functools.partial(loss, cfg=cfg, stage=stage, balance=tcfg.balance)
     place, shard = None, HostShard(0, 1)
     if mesh is None:
         step = training.make_train_step(functools.partial(how, fitted=fitted), optimizer, **options)
@@ -343,7 +356,7 @@ def _train_stage(
     return state.ema_params
 
 
-_LATER: Mapping[str, Any] = {"operands": "float32"}
+_LATER: Mapping[str, Any] = {"operands": "float32", "experts": 0}
 
 
 def _saved(cfg: WorldConfig) -> dict[str, Any]:
@@ -351,6 +364,8 @@ def _saved(cfg: WorldConfig) -> dict[str, Any]:
     runs begun before them go on.
     """
     kept = to_dict(cfg)
+    if not cfg.network.experts:
+        del kept["network"]["top_k"]
     kept["network"] = {k: v for k, v in kept["network"].items() if k not in _LATER or v != _LATER[k]}
     return kept
 

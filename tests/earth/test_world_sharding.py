@@ -1,4 +1,4 @@
-"""The global model over eight devices and over one: losses, gradients, verbs, training; reports that do not divide."""
+"""The global model at scale: eight devices against one, reports that do not divide, mixtures of experts."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from earth.world.records import Record, SensorConfig, Tokens
 from earth.world.sharding import GLOBE
 from earth.world.training import StageConfig, TrainConfig, train
 from moe import training
-from moe.params import init
+from moe.params import init, shardings
 from moe.sharding import make_mesh, use_mesh
 
 CFG = WorldConfig(
@@ -221,3 +221,109 @@ def test_anchors_that_do_not_divide_are_named(fitted, net):
         pytest.raises((ValueError, NeighbourAttentionError), match=r"50.* divide over mesh axes"),
     ):
         jax.eval_shape(functools.partial(model.advance, cfg=cfg), params, state)
+
+
+# --- mixtures of experts in the dynamics
+
+SPARSE = dataclasses.replace(
+    CFG, sensors=CFG.sensors[:1], network=dataclasses.replace(CFG.network, experts=4, top_k=2, dynamics_layers=2)
+)
+
+
+def sparse_net(cfg, seed=0):
+    drawn = init(jax.random.key(seed), network.network_specs(cfg.network, cfg.sensors, 0))
+    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), drawn)
+
+
+def test_without_experts_nothing_changes():
+    """The tree of parameters, and the config that checkpoints compare."""
+    plain = network.network_specs(CFG.network, CFG.sensors, 0)
+    assert all(type(block) is network.Block for block in (*plain.dynamics, *plain.analysis))
+    kept = chains._saved(CFG)["network"]
+    assert not {"experts", "top_k", "operands"} & set(kept)
+    assert chains._saved(SPARSE)["network"] == {**kept, "dynamics_layers": 2, "experts": 4, "top_k": 2}
+    for bad in (dict(experts=2, top_k=3), dict(experts=-1)):
+        with pytest.raises(ValueError, match="experts"):
+            NetworkConfig(**bad)
+    with pytest.raises(ValueError, match="operands 'float16'"):
+        NetworkConfig(operands="float16")
+
+
+def test_one_expert_is_a_gated_mlp(fitted):
+    """A block whose attention puts out nothing, written out in float64."""
+    cfg = dataclasses.replace(SPARSE.network, experts=1, top_k=1, dynamics_layers=1)
+    net = sparse_net(dataclasses.replace(SPARSE, network=cfg))
+    block = net.dynamics[0]
+    block = dataclasses.replace(block, out=jax.tree.map(jnp.zeros_like, block.out))
+    h = np.random.default_rng(0).normal(size=(48, 16))
+    time = model.window_end(END)
+    got = network.step(
+        dataclasses.replace(net, dynamics=[block]), jnp.asarray(h, jnp.float32), fitted.anchors, time, cfg=cfg
+    )
+
+    def norm(x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+    w = jax.tree.map(lambda x: np.asarray(x, np.float64), block)
+    forcing = np.asarray(network.forcing_features(fitted.anchors, time), np.float64)
+    gain = (forcing @ w.forcing.w + w.forcing.b)[:, 16:]
+    start = norm(h)
+    y = norm(start) * (1 + gain)
+    (gate, up), down = w.mixture.experts.gate_up[0], w.mixture.experts.down[0]
+    pre = y @ gate
+    want = start + (pre / (1 + np.exp(-pre)) * (y @ up)) @ down
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def sparse_loss(fitted, batch):
+    stage = dataclasses.replace(STAGE, cycles=1, leads=1, hide=0.0)
+
+    def scalar(net):
+        parts, metrics = chains.loss(net, batch, jax.random.key(0), fitted=fitted, cfg=SPARSE, stage=stage, balance=0.1)
+        return sum(m.value() for m in parts.values()), (parts, metrics)
+
+    return jax.jit(jax.value_and_grad(scalar, has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def sparse_batch():
+    rng = np.random.default_rng(6)
+    ends = [[model.window_end(END + 21600 * k + 86400 * b) for k in range(2)] for b in range(2)]
+    return {"tokens": {s.sensor: window(rng, s, (2, 2)) for s in SPARSE.sensors}, "time": np.asarray(ends, np.int32)}
+
+
+@pytest.mark.slow
+def test_gradients_and_balance_of_a_mixture(fitted, mesh, sparse_batch):
+    """Central differences along the gradient of routers, experts and what lies before them; balance in the objective;
+    and the same over eight devices, one expert on each of four.
+    """
+    graded, net = sparse_loss(fitted, sparse_batch), sparse_net(SPARSE)
+    (loss, (parts, metrics)), slope = graded(net)
+    assert 0.9 < float(metrics["balance"].value()) < 4.0, "1 is even, 4 is one expert for all"
+    np.testing.assert_allclose(parts["balance"].value(), 0.1 * metrics["balance"].value(), rtol=1e-6)
+    others = sum(float(m.value()) for k, m in parts.items() if k != "balance")
+    np.testing.assert_allclose(loss, others + float(parts["balance"].value()), rtol=1e-6)
+
+    def along(name):
+        """Only the leaves whose path has the name, of unit length."""
+        kept = jax.tree_util.tree_map_with_path(
+            lambda path, g: g if name in jax.tree_util.keystr(path) else jnp.zeros_like(g), slope
+        )
+        size = float(jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(kept))))
+        return jax.tree.map(lambda x: x / size, kept), size
+
+    for name in ("router", "gate_up", "down", "attention"):
+        direction, size = along(f"dynamics[1].{name}" if name == "attention" else name)
+        assert size > 1e-4, name
+        ends = [float(graded(jax.tree.map(lambda p, d, s=s: p + s * d, net, direction))[0][0]) for s in (2e-3, -2e-3)]
+        # float32: the loss, near 1, is known to 1e-7, its difference over 4e-3 to 5e-5
+        np.testing.assert_allclose((ends[0] - ends[1]) / 4e-3, size, rtol=0.02, atol=3e-4, err_msg=name)
+    with use_mesh(mesh, GLOBE):
+        placed = sharding.place_batch(sparse_batch, mesh, GLOBE)
+        there = jax.device_put(net, shardings(network.network_specs(SPARSE.network, SPARSE.sensors, 0), mesh, GLOBE))
+        assert there.dynamics[0].mixture.experts.down.sharding.shard_shape((4, 32, 16)) == (1, 32, 16)
+        (spread, aux), found = sparse_loss(fitted, placed)(there)
+    np.testing.assert_allclose(spread, loss, rtol=2e-6)
+    close(aux, (parts, metrics), 2e-6)
+    close(found, slope, 2e-5)
