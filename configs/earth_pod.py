@@ -73,7 +73,14 @@ def window_10m() -> EarthPod:
             sensors=sensors(),
             field=FieldConfig(anchors=102_400, neighbours=8, reach=20),
             network=NetworkConfig(
-                width=512, heads=16, key=32, expansion=4, analysis_layers=2, dynamics_layers=8, operands="bfloat16"
+                width=512,
+                heads=16,
+                key=32,
+                expansion=4,
+                analysis_layers=2,
+                dynamics_layers=8,
+                operands="bfloat16",
+                ordered=True,
             ),
         ),
         stage=StageConfig("pod", 100_000, cycles=2, leads=2, remat=True),
@@ -94,6 +101,7 @@ def smoke() -> EarthPod:
             dynamics_layers=1,
             heights=(500.0, 3000.0, 8000.0, 15000.0),
             operands="bfloat16",
+            ordered=True,
         ),
         temperature=("aircraft", "temperature"),
     )

@@ -55,6 +55,7 @@ class NetworkConfig:
       heights: Z at which radiometers read the field, m.
       experts: E, above 0 the MLP of every dynamics block is a mixture of so many gated MLPs (`moe.layers.moe`), each as
         wide inside. top_k: of them that an anchor goes through.
+      ordered: reports come arranged along the anchors (`earth.world.sharding.arrange`), so that no device sorts them.
       operands: dtype of queries, keys and values where points and anchors meet. "bfloat16" halves what devices send
         each other and takes one pass of a TPU's matrix units instead of six; sums stay float32.
     """
@@ -71,6 +72,7 @@ class NetworkConfig:
     operands: str = "float32"
     experts: int = 0
     top_k: int = 2
+    ordered: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -381,7 +383,7 @@ def read_column(
     query = jnp.broadcast_to(_heads(a.query.b, cfg), (n, cfg.heads, cfg.key))
     at = place(field, t.latitude, t.longitude, t.height if height is None else height)
     key, value = (_heads(apply(to, y), cfg) for to in (a.key, a.value))
-    meet = pairs(at, anchors.place, t.near, frame=anchors.frame)
+    meet = pairs(at, anchors.place, t.near, frame=anchors.frame, ordered=cfg.ordered)
     out = attend(query, key, value, _decay(a, h.shape[0]), meet, coefficient=a.moments)
     return _reported(out.reshape(n, -1).astype(h.dtype))
 
@@ -488,7 +490,7 @@ def analyse(
         a = sense.attention
         at = place(field, t.latitude, t.longitude, t.height)
         query, key, value = (_heads(apply(to, of), cfg) for to, of in ((a.query, y), (a.key, x), (a.value, x)))
-        meet = pairs(at, anchors.place, t.near, frame=anchors.frame, where=mask.any(-1))
+        meet = pairs(at, anchors.place, t.near, frame=anchors.frame, where=mask.any(-1), ordered=cfg.ordered)
         prior = jnp.broadcast_to(sense.prior, (h.shape[0], cfg.heads))
         found = collect(query, key, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
         out, mass = (x.astype(h.dtype) for x in found)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from earth.kernels.neighbour_attention.order import arrangement
 from earth.neighbours import Neighbourhood
 from earth.world.records import Tokens
 from moe.sharding import AxisRules, HostShard, host_shard, partition_spec
@@ -54,6 +55,25 @@ def _padded(t: Tokens, extra: int) -> Tokens:
     return Tokens(**made, near=near)
 
 
+def arrange(tokens: Mapping[str, Tokens], anchors: Any) -> dict[str, Any]:
+    """Every sensor's reports, [..., N], in the order of their nearest anchors along a curve (numpy), as
+    `NetworkConfig.ordered` promises them.
+
+    Args:
+      anchors: [M, 4] their places.
+    """
+    out = {}
+    for name, t in tokens.items():
+        order, axis = arrangement(t.near.index, anchors), np.ndim(t.age) - 1
+
+        def moved(x: Any, order: np.ndarray = order, axis: int = axis) -> np.ndarray:
+            index = order.reshape(*order.shape, *[1] * (np.ndim(x) - order.ndim))
+            return np.take_along_axis(np.asarray(x), index, axis)
+
+        out[name] = jax.tree.map(moved, t)
+    return out
+
+
 def token_shardings(tokens: Any, mesh: Mesh, rules: AxisRules, *, lead: tuple[str | None, ...] = ()) -> Any:
     """Where the arrays of one sensor's Tokens lie; `lead` names the axes before those of reports."""
 
@@ -70,14 +90,18 @@ def place_tokens(tokens: Mapping[str, Tokens], mesh: Mesh, rules: AxisRules) -> 
     return {name: _put(t, token_shardings(t, mesh, rules), HostShard(0, 1)) for name, t in padded.items()}
 
 
-def place_batch(batch: Mapping[str, Any], mesh: Mesh, rules: AxisRules) -> dict[str, Any]:
+def place_batch(batch: Mapping[str, Any], mesh: Mesh, rules: AxisRules, *, order: Any = None) -> dict[str, Any]:
     """Chains (`earth.world.training.dataset`: this process's rows, numpy) as arrays of the whole batch, padded.
+
+    Args:
+      order: [M, 4] places of the anchors that reports are arranged along; None leaves them as they come.
 
     Raises:
       ValueError: a batch that does not divide over the mesh axes of "batch".
     """
     shard = host_shard(mesh, rules)
-    tokens = pad(batch["tokens"], split_over("query", mesh, rules)[1])
+    tokens = batch["tokens"] if order is None else arrange(batch["tokens"], order)
+    tokens = pad(tokens, split_over("query", mesh, rules)[1])
     rows, parts = len(batch["time"]) * shard.count, split_over("batch", mesh, rules)[1]
     if rows % parts:
         raise ValueError(f"a batch of {rows} chains does not divide over {parts} shards; raise the stage's batch")

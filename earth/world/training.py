@@ -337,7 +337,8 @@ def _train_stage(
     if mesh is None:
         step = training.make_train_step(functools.partial(how, fitted=fitted), optimizer, **options)
     else:
-        place, shard = functools.partial(place_batch, mesh=mesh, rules=rules), host_shard(mesh, rules)
+        order = fitted.anchors.place if cfg.network.ordered else None
+        place, shard = functools.partial(place_batch, mesh=mesh, rules=rules, order=order), host_shard(mesh, rules)
         kept = jax.device_put(fitted, NamedSharding(mesh, PartitionSpec()))
         made = training.make_train_step(
             lambda net, batch, rng, fitted: how(net, batch, rng, fitted=fitted), optimizer,
@@ -356,7 +357,7 @@ def _train_stage(
     return state.ema_params
 
 
-_LATER: Mapping[str, Any] = {"operands": "float32", "experts": 0}
+_LATER: Mapping[str, Any] = {"operands": "float32", "experts": 0, "ordered": False}
 
 
 def _saved(cfg: WorldConfig) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from earth.kernels.neighbour_attention import (
     collect,
     pairs,
 )
+from earth.kernels.neighbour_attention.order import arrangement
 from earth.kernels.neighbour_attention.shapes import check_operands
+from earth.kernels.neighbour_attention.tiles import sort
 from earth.neighbours import FAR2, Neighbourhood, nearest
 from moe.kernels import aot, aot_cuda
 from moe.sharding import AxisRules, make_mesh, use_mesh
@@ -198,6 +200,31 @@ def test_points_that_are_not_there(kind, implementation):
     moved = dataclasses.replace(case, points=points)
     for a, b in zip(clean, run(moved, kind, given, implementation), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_points_that_come_in_order_are_not_sorted(kind):
+    """The TPU kernels in their interpreter: arranged or not, the same oracle; and no sort of the points is left."""
+    case = make(k=1)
+    order = arrangement(nearest(case.points, case.anchors, 1).index, case.anchors)
+    arranged = Case(case.points[order], case.anchors, case.frame, case.where[order], case.k)
+    given = operands(arranged, kind)
+    meet = arranged.pairs().replace(ordered=True)
+
+    def both(given):
+        made, pull = jax.vjp(lambda g: CALL[kind](pairs=meet, implementation="pallas_tpu", **g), given)
+        return made, pull(made)[0]
+
+    made, slope = jax.jit(both)(given)
+    want, pull = jax.vjp(lambda g: CALL[kind](pairs=meet, implementation="reference", **g), given)
+    for a, b in zip(jax.tree.leaves((made, slope)), jax.tree.leaves((want, pull(want)[0])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+    for g, w in zip(jax.tree.leaves(made), oracle(arranged, kind, given), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * max(1, np.abs(w).max()))
+    sorted_, unsorted = (
+        str(jax.make_jaxpr(lambda m: sort(m, 128))(m)).count("sort[") for m in (meet, meet.replace(ordered=False))
+    )
+    assert sorted_ < unsorted
 
 
 def split(devices=5, **other):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from earth.kernels.neighbour_attention import NeighbourAttentionError
+from earth.kernels.neighbour_attention.order import anchor_order
 from earth.neighbours import nearest
 from earth.observations import Reports
 from earth.world import model, network, records, sharding
@@ -114,6 +115,21 @@ def test_padded_reports_are_not_there():
         assert np.isfinite(1 / t.deviation).all()
 
 
+def test_arranged_reports_are_the_same_reports():
+    rng = np.random.default_rng(0)
+    tokens = {s.sensor: window(rng, s, (2, 3)) for s in CFG.sensors}
+    made = sharding.arrange(tokens, ANCHORS.place)
+    for name, t in made.items():
+        along = np.asarray(anchor_order(jnp.asarray(ANCHORS.place)))
+        place = np.argsort(along)[t.near.index[..., 0]]
+        assert (np.diff(place, axis=-1) >= 0).all()
+        for b in range(2):
+            rows = np.lexsort((tokens[name].age[b, 1], tokens[name].latitude[b, 1]))
+            back = np.lexsort((t.age[b, 1], t.latitude[b, 1]))
+            for x, y in zip(jax.tree.leaves(tokens[name]), jax.tree.leaves(t), strict=True):
+                np.testing.assert_array_equal(x[b, 1][rows], y[b, 1][back])
+
+
 @pytest.mark.slow  # two programs with gradients: minutes on a busy machine
 def test_loss_and_gradients_are_those_of_one_device(fitted, net, mesh):
     """Two chains over `data`, 41 and 51 reports and 48 anchors over `space`, hidden sensors and reports, recomputation.
@@ -188,6 +204,10 @@ def record_of(fitted):
     return Record(reports, CFG.sensors, CFG.field, fitted.anchors, fitted.normals, CFG.step)
 
 
+# What all logits of a softmax share has the gradient 0 but for rounding, of which Adam makes steps as large as others.
+INVARIANT = re.compile(r"weighting_out\.b$|(dynamics\[\d\]|analysis\[\d\])\.attention\.key\.b$|\.reading\.key\.b$")
+
+
 @pytest.mark.slow
 def test_training_on_a_mesh_follows_training_on_one_device(fitted, mesh, tmp_path):
     record = record_of(fitted)
@@ -199,9 +219,12 @@ def test_training_on_a_mesh_follows_training_on_one_device(fitted, mesh, tmp_pat
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
-    # Adam divides by the root of the second moment: where a gradient is nearly 0 its sign may differ, and the step of
-    # the learning rate, at most 2e-3 a step.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), kept.network, spread.network)
+    drawn = init(jax.random.key(0), network.network_specs(CFG.network, CFG.sensors, 0))
+    leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (drawn, kept.network, spread.network))
+    for (path, start), (_, a), (_, b) in zip(*leaves, strict=True):
+        name = jax.tree_util.keystr(path)
+        if not INVARIANT.search(name):
+            assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(a - start), f"{name} went elsewhere"
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(spread.network))
     # and goes on from its checkpoint: nothing is left to do
     again = train((record,), fitted, CFG, tcfg, tmp_path / "eight", mesh=mesh, progress=False)

@@ -113,7 +113,7 @@ def _mapped(
                 "are not there (earth.world.sharding.pad), choose another number of anchors"
             )
     mine, whole = PartitionSpec(axes), PartitionSpec()
-    of_pairs = Pairs(points=mine, anchors=whole, radius2=mine, index=mine, frame=whole, where=mine)
+    of_pairs = Pairs(mine, whole, mine, mine, frame=whole, where=mine, ordered=pairs.ordered)
     in_specs = (*(mine if one else whole for one in split), of_pairs)
     out_specs = tuple(mine if one else whole for one in out)
     # What is partial and what is whole is said above; the checks of jax know nothing of the kernels inside.
