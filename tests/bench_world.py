@@ -7,9 +7,10 @@ A cycle assimilates N reports of the sensors and proportions of `configs.earth_p
 sensor at N other points: forward only, width 96 (the preset of the simulated globe), compiled beforehand. The search
 for the nearest anchors of both (a k-d tree on the host) is timed apart and together with the cycle. Every size runs in
 a process of its own, whose largest resident memory is thereby its own; "above" is what it holds above what it held
-before the first report. Times are CPU seconds of the process, medians: other processes disturb them little. Slopes are
-those of the least-squares line through the logarithms; at most 1.1 is asked for. Constants (anchors, programs) flatten
-the whole line, so that it is also drawn through the sizes from 10^4 up.
+before the first report. Times are CPU seconds of the process, medians (beyond 10^5 reports of one run without another
+before it): other processes disturb them little. Slopes are those of the least-squares line through the logarithms; at
+most 1.1 is asked for. Constants (anchors, programs) flatten the whole line, so that it is also drawn through the sizes
+from 10^4 up.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def measure(reports: int, rounds: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     (tokens, first), (queries, second) = (draw(cfg, np.asarray(anchors.place), rng) for _ in range(2))
     program = jax.jit(cycle).lower(params, state, tokens, queries).compile()
-    program(params, state, tokens, queries)
+    if rounds > 1:
+        program(params, state, tokens, queries)
     found = []
     for _ in range(rounds):
         time.sleep(0.05)  # threads of the call before spin for a while
