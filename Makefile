@@ -21,6 +21,7 @@ test-all: $(VENV)/.parity
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench_neighbours
+	$(BIN)/python -m tests.bench_world
 
 # The expert layer on CPU beside its limit and beside transformers (extra `parity`), and, with extra `tpu`, the compiler's
 # schedules of the TPU kernels.

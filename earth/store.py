@@ -69,7 +69,7 @@ def _describe(tree: Any) -> Any:
         return {"dict": {k: _describe(v) for k, v in tree.items()}}
     if isinstance(tree, list):
         return {"list": [_describe(v) for v in tree]}
-    if isinstance(tree, bool | int | tuple):
+    if tree is None or isinstance(tree, bool | int | tuple):
         return {"static": list(tree) if isinstance(tree, tuple) else tree}
     return {"shape": list(tree.shape), "dtype": str(tree.dtype)}
 

@@ -214,6 +214,13 @@ def use_mesh(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def use_rules(rules: AxisRules | None) -> Iterator[None]:
+    """Other rules on the mesh in context, for a part of a model whose axes mean something else. Allowed inside jit."""
+    with _rules_in_context(rules):
+        yield
+
+
 def current_rules() -> AxisRules | None:
     """The rules of the innermost `use_mesh`, or None."""
     return _rules_in_context.value

@@ -3,7 +3,8 @@
     python -m tests.bench_neighbours [--out FILE] [--growth 1000 10000 100000 1000000] [--schedule v5e]
 
 `plain` gathers the keys and values of every pair, [N, k, H, K + V], and multiplies them by einsum (XLA); assimilation
-scatters them back. Both compute the same and are given the same neighbours. Interleaved rounds, medians; times are CPU
+scatters them back. `blocked` and `gather` are ours; `gather`, which is also one of pairs, is what a CPU runs while they
+fit. All compute the same and are given the same neighbours. Interleaved rounds, medians; times are CPU
 seconds of the process, which other processes disturb less. `limit` is the larger of two times: the operations of the
 pairs (2 k H (K + V) a point; three times that with the gradient) at the speed of a large matrix product, and every
 operand and result moved once at the speed of a copy. Growth: blocked only, forward and backward, neighbours given, and
@@ -32,6 +33,7 @@ from tests.benchmarks import timing
 HEADS, WIDTH = 8, 16
 CASES = ((4096, 512, 8), (4096, 4096, 8), (16384, 512, 16), (65536, 512, 8), (65536, 4096, 16))
 GROWTH = (1_000, 10_000, 100_000, 1_000_000)
+OURS = ("blocked", "gather")
 
 
 def taper(near: Pairs, d2: jax.Array) -> jax.Array:
@@ -88,12 +90,10 @@ def programs(near: Pairs, operands: dict[str, Any]) -> dict[tuple[str, str, str]
     o = operands
     observe, assimilate = (o["point"], o["anchor"], o["held"], o["decay"]), (o["anchor"], o["point"], o["seen"])
     assimilate = (*assimilate, o["decay"], o["prior"])
-    functions = {
-        ("observe", "plain"): (plain_attend, observe),
-        ("observe", "blocked"): (functools.partial(attend, implementation="blocked"), observe),
-        ("assimilate", "plain"): (plain_collect, assimilate),
-        ("assimilate", "blocked"): (functools.partial(collect, implementation="blocked"), assimilate),
-    }
+    functions = {("observe", "plain"): (plain_attend, observe), ("assimilate", "plain"): (plain_collect, assimilate)}
+    for name in OURS:
+        functions["observe", name] = functools.partial(attend, implementation=name), observe
+        functions["assimilate", name] = functools.partial(collect, implementation=name), assimilate
     made = {}
     for (direction, implementation), (function, args) in functions.items():
 
@@ -136,18 +136,18 @@ def limit(points: int, anchors: int, k: int, backward: bool, speed: tuple[float,
 def table(cases: Sequence[tuple[int, int, int]], rounds: int) -> list[str]:
     speed = machine()
     lines = [f"product {speed[0] / 1e9:.0f} GFLOP/s, copy {speed[1] / 1e9:.1f} GB/s", ""]
-    lines += ["| N | M | k | | passes | plain ms | blocked ms | ratio | blocked / limit |", "|-|-|-|-|-|-|-|-|-|"]
+    head = "| N | M | k | | passes | plain ms | blocked ms | gather ms | plain / blocked | plain / gather |"
+    lines += [f"{head} blocked / limit | gather / limit |", "|-|-|-|-|-|-|-|-|-|-|-|-|"]
     for points, anchors, k in cases:
         found = timed(programs(*draw(points, anchors, k)), rounds)
         for direction in ("observe", "assimilate"):
             for passes in ("forward", "forward+backward"):
-                plain, ours = (np.array(found[direction, passes, i]) for i in ("plain", "blocked"))
-                bound = limit(points, anchors, k, passes != "forward", speed)
-                lines.append(
-                    f"| {points} | {anchors} | {k} | {direction} | {passes} | {timing.middle(1e3 * plain)} | "
-                    f"{timing.middle(1e3 * ours)} | {np.median(plain) / np.median(ours):.2f} | "
-                    f"{np.median(ours) / bound:.1f} |"
-                )
+                plain, *ours = (1e3 * np.array(found[direction, passes, i]) for i in ("plain", *OURS))
+                bound = 1e3 * limit(points, anchors, k, passes != "forward", speed)
+                cells = [points, anchors, k, direction, passes, *map(timing.middle, (plain, *ours))]
+                cells += [f"{np.median(plain) / np.median(one):.2f}" for one in ours]
+                cells += [f"{np.median(one) / bound:.1f}" for one in ours]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
                 print(lines[-1], flush=True)
     return lines
 

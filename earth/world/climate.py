@@ -78,7 +78,7 @@ def _zonal(degree: int) -> np.ndarray:
 
 
 def _features(climate: Climate, latitude, longitude, height, view_angle, time) -> tuple[Any, Any]:
-    """(features of the mean [..., F], of the deviation [..., G]); `_penalties` goes with them."""
+    """(features of the mean [..., F], of the deviation [..., G]); `penalties` goes with them."""
     y = geometry.harmonics(latitude, longitude, DEGREE)
     z = jnp.clip((height - climate.centre) / climate.scale, -1.05, 1.05)
     chebyshev = [z, 2 * z * z - 1]
@@ -122,7 +122,7 @@ def _known_cycle(latitude: np.ndarray, cycle: np.ndarray) -> np.ndarray:
     return np.eye(4) if known.shape[1] == 4 else known @ known.T
 
 
-def _penalties() -> tuple[np.ndarray, np.ndarray]:
+def penalties() -> tuple[np.ndarray, np.ndarray]:
     """Relative penalties ([F], [G]) of `_features`: the inverse of the variance expected of each coefficient."""
 
     def smooth(degrees):
@@ -242,7 +242,7 @@ def fit_climate(
     values = reports.values[own] / ratio
     features, coarse = (np.asarray(part, np.float64) for part in _features(shell, at[0], at[1], at[2], at[3], time))
     fold = _folds(reports.platform[own], time, rng)
-    smooth, coarse_smooth = _penalties()
+    smooth, coarse_smooth = penalties()
     mean = _filled(joint and joint.mean, theirs, lambda i: _ridge(features, values[:, i], smooth, fold))
     residual = values - features @ mean
     site = np.zeros((len(reports.platforms) if sites else 0, v))

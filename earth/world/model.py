@@ -28,6 +28,8 @@ from earth.world.climate import Climate, climate, fit_climate, pool
 from earth.world.field import Anchors, FieldConfig, make_anchors
 from earth.world.network import Network, NetworkConfig
 from earth.world.records import SensorConfig, Tokens, select
+from moe.experts.mlp import ExpertParams
+from moe.layers.moe import MoEParams
 from moe.params import Param
 
 
@@ -236,8 +238,8 @@ def window_end(seconds_1970: int) -> np.int32:
 
 
 _CLASSES = (
-    Params, Fitted, Climate, Anchors, Neighbourhood, Network, network.Attention, network.Block, network.Sense,
-    network.Direct, network.Spectral, layers.Dense,
+    Params, Fitted, Climate, Anchors, Neighbourhood, Network, network.Attention, network.Block, network.SparseBlock,
+    network.Sense, network.Direct, network.Spectral, layers.Dense, MoEParams, ExpertParams,
 )  # fmt: skip
 
 

@@ -31,7 +31,11 @@ from earth.layers import Dense, apply, dense, layer_norm
 from earth.sensors import split_channel
 from earth.world.field import Anchors, FieldConfig, place
 from earth.world.records import SensorConfig, Tokens
+from moe.layers.moe import MoEConfig, MoEParams, moe, moe_specs
 from moe.params import Constant, FanIn, Param, ParamSpec, zeros
+from moe.routing import RoutingConfig, switch_loss
+from moe.sharding import constrain, current_rules, use_rules
+from moe.training import Mean
 
 PLACE = 9  # of a report: height (5), latitude (2), solar time (2)
 AGE = 2
@@ -49,6 +53,11 @@ class NetworkConfig:
       expansion: hidden width of the MLPs over D.
       analysis_layers, dynamics_layers: self-attention blocks of an analysis and of a step.
       heights: Z at which radiometers read the field, m.
+      experts: E, above 0 the MLP of every dynamics block is a mixture of so many gated MLPs (`moe.layers.moe`), each as
+        wide inside. top_k: of them that an anchor goes through.
+      ordered: reports come arranged along the anchors (`earth.world.sharding.arrange`), so that no device sorts them.
+      operands: dtype of queries, keys and values where points and anchors meet. "bfloat16" halves what devices send
+        each other and takes one pass of a TPU's matrix units instead of six; sums stay float32.
     """
 
     width: int = 96
@@ -60,12 +69,20 @@ class NetworkConfig:
     heights: tuple[float, ...] = (
         100.0, 800.0, 1500.0, 2500.0, 4000.0, 5500.0, 7000.0, 9000.0, 11000.0, 13500.0, 16500.0, 20000.0
     )  # fmt: skip
+    operands: str = "float32"
+    experts: int = 0
+    top_k: int = 2
+    ordered: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if len(self.heights) < 2 or list(self.heights) != sorted(self.heights):
             raise ValueError(f"heights {self.heights} must be at least two, rising")
+        if self.experts < 0 or (self.experts and not 1 <= self.top_k <= self.experts):
+            raise ValueError(f"experts {self.experts} must be 0 or more, and top_k {self.top_k} in 1..experts")
+        if self.operands not in ("float32", "bfloat16"):
+            raise ValueError(f"operands {self.operands!r} is not one of float32, bfloat16")
 
 
 @flax.struct.dataclass
@@ -87,6 +104,16 @@ class Block:
     out: Dense
     up: Dense
     down: Dense
+    forcing: Dense
+
+
+@flax.struct.dataclass
+class SparseBlock:
+    """The same with a mixture of experts in place of the MLP."""
+
+    attention: Attention
+    out: Dense
+    mixture: MoEParams
     forcing: Dense
 
 
@@ -136,7 +163,7 @@ class Network:
     blend_out: Dense
     skip: Dense
     analysis: list[Block]
-    dynamics: list[Block]
+    dynamics: list[Block | SparseBlock]
     reading: Attention
     hidden: Dense
     tendency: Dense
@@ -171,7 +198,20 @@ def _block(cfg: NetworkConfig, forcing: int) -> Block:
     )  # fmt: skip
 
 
-def _forcing_width(statics: int) -> int:
+def mixture(cfg: NetworkConfig) -> MoEConfig:
+    """Of a dynamics block; weights of an anchor sum to 1."""
+    return MoEConfig(RoutingConfig(cfg.experts, cfg.top_k), hidden=cfg.expansion * cfg.width)
+
+
+def _sparse_block(cfg: NetworkConfig, forcing: int) -> SparseBlock:
+    d = cfg.width
+    return SparseBlock(
+        attention=_attention(cfg, d), out=dense(d, d, 0.2), mixture=moe_specs(mixture(cfg), d),
+        forcing=dense(forcing, 2 * d, 0.1),
+    )  # fmt: skip
+
+
+def forcing_width(statics: int) -> int:
     return 6 + statics
 
 
@@ -198,12 +238,12 @@ def network_specs(cfg: NetworkConfig, sensors: tuple[SensorConfig, ...], statics
             form=form,
         )  # fmt: skip
 
-    f = _forcing_width(statics)
+    f = forcing_width(statics)
     return Network(
         place=dense(f, d), senses={s.sensor: sense(s) for s in sensors},
         blend=dense(d, hidden), blend_out=dense(hidden, d, 0.2), skip=dense(d, d),
         analysis=[_block(cfg, f) for _ in range(cfg.analysis_layers)],
-        dynamics=[_block(cfg, f) for _ in range(cfg.dynamics_layers)],
+        dynamics=[(_sparse_block if cfg.experts else _block)(cfg, f) for _ in range(cfg.dynamics_layers)],
         reading=_attention(cfg, d), hidden=dense(d, hidden), tendency=dense(d, hidden, 0.3),
         about=dense(PLACE + AGE, hidden), gate=dense(PLACE, hidden, 0.3), profile=dense(_VERTICAL, 32),
         profile_out=dense(32, hidden + 1, 0.3),
@@ -265,40 +305,72 @@ def forcing_features(anchors: Anchors, time: Any) -> Any:
     return jnp.concatenate([jnp.stack(parts, -1), clock, anchors.statics], -1)
 
 
-def _heads(x: Any, heads: int) -> Any:
-    return x.reshape(*x.shape[:-1], heads, -1)
+def _heads(x: Any, cfg: NetworkConfig) -> Any:
+    return x.reshape(*x.shape[:-1], cfg.heads, -1).astype(cfg.operands)
 
 
 def _decay(a: Attention, m: int) -> Any:
     return jnp.broadcast_to(jnp.exp(a.decay), (m, a.decay.shape[0]))
 
 
-def _run(block: Block, h: Any, anchors: Anchors, forcing: Any, *, cfg: NetworkConfig) -> Any:
+def _anchored(h: Any) -> Any:
+    """[M, D], split as the anchors are (nothing without a mesh)."""
+    return constrain(h, "anchor", "embed")
+
+
+def _reported(x: Any) -> Any:
+    """[N, D], split as the reports are (nothing without a mesh)."""
+    return constrain(x, "query", "embed")
+
+
+def _run(
+    block: Block | SparseBlock, h: Any, anchors: Anchors, forcing: Any, *, cfg: NetworkConfig
+) -> tuple[Any, list[Mean]]:
+    """(the field after a block, the load-balancing loss of its mixture, if it has one)."""
     shift, gain = jnp.split(apply(block.forcing, forcing), 2, -1)
     a = block.attention
     y = layer_norm(h) + shift
-    q, k, v = (_heads(apply(to, y), cfg.heads) for to in (a.query, a.key, a.value))
+    q, k, v = (_heads(apply(to, y), cfg) for to in (a.query, a.key, a.value))
     meet = pairs(anchors.place, anchors.place, anchors.near, frame=anchors.frame)
     mixed = attend(q, k, v, _decay(a, h.shape[0]), meet, coefficient=a.moments).reshape(h.shape)
-    h = h + apply(block.out, mixed)
+    h = h + apply(block.out, mixed.astype(h.dtype))
     y = layer_norm(h) * (1.0 + gain)
-    return h + apply(block.down, jax.nn.gelu(apply(block.up, y)))
+    if isinstance(block, Block):
+        return _anchored(h + apply(block.down, jax.nn.gelu(apply(block.up, y)))), []
+    made, balance = _mix(block.mixture, y, cfg)
+    return _anchored(h + made), [balance]
+
+
+def _mix(params: MoEParams, y: Any, cfg: NetworkConfig) -> tuple[Any, Mean]:
+    """([M, D], load-balancing loss, 1 where all experts have as much to do): tokens are anchors."""
+    how, rules = mixture(cfg), current_rules()
+    # What a mixture takes for a batch are here the anchors; the batch of chains is mapped over outside.
+    own = rules and rules.replace(activations={"batch": dict(rules.activations)["anchor"]})
+    with use_rules(own):
+        out, routing = moe(params, y[:, None], cfg=how)
+    return out[:, 0], switch_loss(routing, how.routing)
 
 
 def background(net: Network, anchors: Anchors, time: Any) -> Float[Any, "M D"]:
     """The field before any report: what forcing alone says."""
-    return apply(net.place, forcing_features(anchors, time))
+    return _anchored(apply(net.place, forcing_features(anchors, time)))
 
 
 def step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig) -> Any:
     """One step of the dynamics to `time`. Steps and analyses start from the normalised field: the state of a long chain
     stays as large as that of a short one, and a report weighs as much.
     """
-    h = layer_norm(h)
+    return balanced_step(net, h, anchors, time, cfg=cfg)[0]
+
+
+def balanced_step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig) -> tuple[Any, list[Mean]]:
+    """`step`, and the load-balancing loss of every mixture in it (Switch Transformer, `moe.routing.switch_loss`)."""
+    h, found = layer_norm(h), []
     forcing = forcing_features(anchors, time)
     for block in net.dynamics:
-        h = _run(block, h, anchors, forcing, cfg=cfg)
-    return h
+        h, balance = _run(block, h, anchors, forcing, cfg=cfg)
+        found += balance
+    return h, found
 
 
 def read_column(
@@ -308,12 +380,12 @@ def read_column(
     a = net.reading
     y = layer_norm(h)
     n = t.latitude.shape[0]
-    query = jnp.broadcast_to(_heads(a.query.b, cfg.heads), (n, cfg.heads, cfg.key))
+    query = jnp.broadcast_to(_heads(a.query.b, cfg), (n, cfg.heads, cfg.key))
     at = place(field, t.latitude, t.longitude, t.height if height is None else height)
-    key, value = (_heads(apply(to, y), cfg.heads) for to in (a.key, a.value))
-    meet = pairs(at, anchors.place, t.near, frame=anchors.frame)
+    key, value = (_heads(apply(to, y), cfg) for to in (a.key, a.value))
+    meet = pairs(at, anchors.place, t.near, frame=anchors.frame, ordered=cfg.ordered)
     out = attend(query, key, value, _decay(a, h.shape[0]), meet, coefficient=a.moments)
-    return out.reshape(n, -1)
+    return _reported(out.reshape(n, -1).astype(h.dtype))
 
 
 def hidden_layer(net: Network, column: Any, about: Any, age: Any) -> Any:
@@ -414,17 +486,18 @@ def analyse(
         about, age = about_report(t, end, step)
         v = t.view_angle / 60.0
         x = x + apply(sense.about, jnp.concatenate([about, age, jnp.stack([v, v * v, v * 0 + 1], -1)], -1))
-        x = x + apply(sense.hidden, jax.nn.gelu(x))
+        x = _reported(x + apply(sense.hidden, jax.nn.gelu(x)))
         a = sense.attention
         at = place(field, t.latitude, t.longitude, t.height)
-        query, key, value = (_heads(apply(to, of), cfg.heads) for to, of in ((a.query, y), (a.key, x), (a.value, x)))
-        meet = pairs(at, anchors.place, t.near, frame=anchors.frame, where=mask.any(-1))
+        query, key, value = (_heads(apply(to, of), cfg) for to, of in ((a.query, y), (a.key, x), (a.value, x)))
+        meet = pairs(at, anchors.place, t.near, frame=anchors.frame, where=mask.any(-1), ordered=cfg.ordered)
         prior = jnp.broadcast_to(sense.prior, (h.shape[0], cfg.heads))
-        out, mass = collect(query, key, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
+        found = collect(query, key, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
+        out, mass = (x.astype(h.dtype) for x in found)
         total = total + apply(sense.merge, out.reshape(h.shape)) + apply(sense.mass, mass)
     x = apply(net.blend, y + total)
-    h = y + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total)
+    h = _anchored(y + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total))
     forcing = forcing_features(anchors, end)
     for block in net.analysis:
-        h = _run(block, h, anchors, forcing, cfg=cfg)
+        h, _ = _run(block, h, anchors, forcing, cfg=cfg)
     return h

@@ -7,9 +7,11 @@ the last analysis is scored on what was hidden from it (whole sensors, and some 
 paper's figure), and every forecast window on all its reports. Curriculum: stages with more cycles and leads.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from earth.observations import EmptyWindowError
 from earth.world import model, network
 from earth.world.model import Fitted, Params, WorldConfig
 from earth.world.records import Record, Tokens
+from earth.world.sharding import GLOBE, place_batch, split_over
 from moe import training
 from moe.checkpoint import CheckpointStructureError
-from moe.params import init
+from moe.params import init, shardings
+from moe.sharding import AxisRules, HostShard, current_rules, host_shard, use_mesh
 from moe.training import Mean
 
 
@@ -68,7 +73,12 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Stages in order, each from the last one's averaged parameters; `starts` every so many hours begin a sample."""
+    """Stages in order, each from the last one's averaged parameters.
+
+    Attributes:
+      starts: every so many hours a sample begins.
+      balance: weight of the load-balancing loss, where the dynamics have mixtures of experts.
+    """
 
     stages: tuple[StageConfig, ...]
     seed: int = 0
@@ -76,6 +86,7 @@ class TrainConfig:
     starts: int = 1
     checkpoint_every: int = 500
     log_every: int = 20
+    balance: float = 0.01
 
 
 def chain(record: Record, first: int, windows: int, rng: np.random.Generator, tokens: Any = None) -> dict[str, Any]:
@@ -116,11 +127,27 @@ def starts(records: tuple[Record, ...], windows: int, every: int) -> np.ndarray:
     return out
 
 
-def dataset(records: tuple[Record, ...], stage: StageConfig, *, every: int, seed: int) -> grain.IterDataset:
-    """Endless, shuffled, resumable batches of chains, thinned anew each time."""
+def dataset(
+    records: tuple[Record, ...], stage: StageConfig, *, every: int, seed: int, shard: HostShard = HostShard(0, 1)
+) -> grain.IterDataset:
+    """Endless, shuffled, resumable batches of chains, thinned anew each time.
+
+    Args:
+      every: hours between the starts of samples.
+      shard: this process's part: every `count`-th chain of the same order.
+
+    Raises:
+      EmptyWindowError: no record is as long as a chain.
+      ValueError: a batch that does not divide over the processes.
+    """
+    if stage.batch % shard.count:
+        raise ValueError(f"stage {stage.name!r}: batch {stage.batch} does not divide over {shard.count} processes")
     first = starts(records, stage.spin + stage.cycles + stage.leads, every)
     data = grain.MapDataset.source(_Rows(first)).seed(seed).shuffle().repeat().random_map(_Sample(records, stage))
-    return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)).batch(stage.batch)
+    if shard.count > 1:
+        data = data[shard.index : sys.maxsize // 2 : shard.count]
+    read = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    return read.batch(stage.batch // shard.count)
 
 
 class _Rows:
@@ -153,29 +180,30 @@ def shown(rng: Any, tokens: Mapping[str, Tokens], cfg: WorldConfig, stage: Stage
 def run(
     params: Params, tokens: Mapping[str, Tokens], time: Any, given: Mapping[str, Any], *, cfg: WorldConfig, cycles: int,
     leads: int, spin: int = 0, remat: bool = False,
-) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+) -> tuple[Any, Any, Any, Any, list[Mean]]:  # fmt: skip
     """One chain.
 
     Returns:
       (readings before each analysis but the spin's {sensor: [cycles, N, V] pairs}, readings of the last analysis,
-      readings of each forecast window {sensor: [leads, N, V] pairs}, the last analysis [M, D]).
+      readings of each forecast window {sensor: [leads, N, V] pairs}, the last analysis [M, D], the load-balancing loss
+      of every mixture in the steps but the spin's).
     """
     net, anchors = params.network, params.fitted.anchors
 
     def cycle(h, x):
         t, end, g = x
-        h = network.step(net, h, anchors, end, cfg=cfg.network)
+        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network)
         before = model.read_field(params, h, t, end, cfg=cfg)
         h = network.analyse(
             net, h, anchors, t, g, {k: jax.lax.stop_gradient(v[0]) for k, v in before.items()}, end, cfg=cfg.network,
             field=cfg.field, sensors=cfg.sensors, step=cfg.step,
         )  # fmt: skip
-        return h, before
+        return h, (before, balance)
 
     def forecast(h, x):
         t, end = x
-        h = network.step(net, h, anchors, end, cfg=cfg.network)
-        return h, model.read_field(params, h, t, end, cfg=cfg)
+        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network)
+        return h, (model.read_field(params, h, t, end, cfg=cfg), balance)
 
     if remat:
         cycle, forecast = jax.checkpoint(cycle), jax.checkpoint(forecast)
@@ -188,20 +216,23 @@ def run(
         h, _ = jax.lax.scan(cycle, h, part((tokens, time, given), 0, spin))
         h = jax.lax.stop_gradient(h)
     end = spin + cycles
-    h, before = jax.lax.scan(cycle, h, part((tokens, time, given), spin, end))
+    h, (before, balance) = jax.lax.scan(cycle, h, part((tokens, time, given), spin, end))
     at = jax.tree.map(lambda x: x[end - 1], tokens)
     now = model.read_field(params, h, at, time[end - 1], cfg=cfg)
     after = None
     if leads:
-        _, after = jax.lax.scan(forecast, h, part((tokens, time), end, end + leads))
-    return before, now, after, h
+        _, (after, more) = jax.lax.scan(forecast, h, part((tokens, time), end, end + leads))
+        balance = [*balance, *more]
+    return before, now, after, h, balance
 
 
 def loss(
-    net: Any, batch: Mapping[str, Any], rng: Any, *, fitted: Fitted, cfg: WorldConfig, stage: StageConfig
-) -> tuple[Any, Any]:
+    net: Any, batch: Mapping[str, Any], rng: Any, *, fitted: Fitted, cfg: WorldConfig, stage: StageConfig,
+    balance: float = 0.01,
+) -> tuple[Any, Any]:  # fmt: skip
     """Squared error of the mean in standard deviations, and a quarter of the Gaussian likelihood of the spread about
-    it (whose gradient stops at the mean): {objective per sensor and kind}, metrics.
+    it (whose gradient stops at the mean): {objective per sensor and kind}, metrics. With mixtures of experts
+    `balance` times their load-balancing loss, reported as "balance": 1 where all have as much to do.
     """
     params = Params(fitted, net)
     samples = batch["time"].shape[0]
@@ -211,17 +242,18 @@ def loss(
 
     def one(tokens, time, key):
         given = shown(key, tokens, cfg, stage)
-        before, now, after, _ = run(
+        before, now, after, _, uneven = run(
             params, tokens, time, given, cfg=cfg, cycles=stage.cycles, leads=stage.leads, spin=stage.spin,
             remat=stage.remat,
         )  # fmt: skip
-        return given, before, now, after
+        return given, before, now, after, uneven
 
     if samples == 1:  # gathers with a batch axis are three times as slow on a CPU
         found = one(*jax.tree.map(lambda x: x[0], (batch["tokens"], batch["time"], keys)))
-        given, before, now, after = jax.tree.map(lambda x: x[None], found)
+        given, before, now, after, uneven = jax.tree.map(lambda x: x[None], found)
     else:
-        given, before, now, after = jax.vmap(one)(batch["tokens"], batch["time"], keys)
+        spread = jax.vmap(one, spmd_axis_name=_batch_axes() or None)
+        given, before, now, after, uneven = spread(batch["tokens"], batch["time"], keys)
     for s in cfg.sensors:
         t, name = batch["tokens"][s.sensor], s.sensor
         b, c = stage.spin, stage.spin + stage.cycles
@@ -251,45 +283,54 @@ def loss(
     for kind, found in totals.items():
         for s, m in zip(cfg.sensors, found, strict=True):
             objective[f"{kind}_{s.sensor}"] = Mean(m.total * s.weight / len(cfg.sensors), m.weight)
+    if uneven:
+        total, weight = (sum(jnp.sum(getattr(m, part)) for m in uneven) for part in ("total", "weight"))
+        objective["balance"], metrics["balance"] = Mean(balance * total, weight), [Mean(total, weight)]
     return objective, {k: v[0] for k, v in metrics.items()}
+
+
+def _batch_axes() -> tuple[str, ...]:
+    rules, mesh = current_rules(), jax.sharding.get_abstract_mesh()
+    return () if rules is None or mesh.empty else split_over("batch", mesh, rules)[0]
 
 
 def train(
     records: tuple[Record, ...], fitted: Fitted, cfg: WorldConfig, tcfg: TrainConfig, directory: str | pathlib.Path, *,
-    start: Any = None, progress: bool = True,
+    start: Any = None, mesh: Any = None, rules: AxisRules = GLOBE, progress: bool = True,
 ) -> Params:  # fmt: skip
     """Trains through every stage, each resumable from its own directory below `directory`.
 
     The closed-form part is kept there too, in `fitted`, and what is there counts: a network knows the normals that it
-    learned with. The whole model is written to `model` at the end (`earth.world.load_model`).
+    learned with. The whole model is written to `model` at the end (`earth.world.load_model`). With several processes
+    neither is: save what is returned, in one of them.
+
+    Args:
+      start: parameters of the network to start from; drawn by default.
+      mesh, rules: over all devices of all processes (`earth.world.sharding`); every process calls this with the same
+        arguments and gets the same parameters back. A stage's `batch` is the global one, of which every process reads
+        its share.
 
     Raises:
       moe.checkpoint.CheckpointError: what `directory` holds was trained with another configuration or other normals.
+      EmptyWindowError: no record is as long as a stage's chain.
+      ValueError: a batch that does not divide over the mesh.
     """
     directory = pathlib.Path(directory)
-    fitted = _kept(fitted, cfg, directory / "fitted")
+    alone = jax.process_count() == 1
+    fitted = _kept(fitted, cfg, directory / "fitted") if alone else fitted
+    context = contextlib.nullcontext() if mesh is None else use_mesh(mesh, rules)
     specs = network.network_specs(cfg.network, cfg.sensors, int(np.shape(fitted.anchors.statics)[-1]))
     net = init(jax.random.key(tcfg.seed), specs) if start is None else start
-    for number, stage in enumerate(tcfg.stages):
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, stage.learning_rate, min(stage.warmup, stage.steps // 4 + 1), max(stage.steps, 2),
-            0.02 * stage.learning_rate,
-        )  # fmt: skip
-        mask = functools.partial(jax.tree.map, lambda x: x.ndim >= 2)
-        optimizer = optax.adamw(schedule, b2=0.99, weight_decay=stage.weight_decay, mask=mask)
-        state = training.init_state(net, optimizer, jax.random.key(tcfg.seed + 7), ema=True)
-        step = training.make_train_step(
-            functools.partial(loss, fitted=fitted, cfg=cfg, stage=stage), optimizer, clip_norm=1.0, ema_decay=tcfg.ema
-        )
-        data = dataset(records, stage, every=tcfg.starts, seed=tcfg.seed * 10 + number)
-        state = training.fit(
-            step, state, iter(data), steps=stage.steps, directory=directory / stage.name,
-            config={"model": cfg, "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
-            log_every=tcfg.log_every, progress=progress, description=stage.name,
-        )  # fmt: skip
-        net = state.ema_params
+    if mesh is not None:
+        net = jax.device_put(net, shardings(specs, mesh, rules))
+    with context:
+        for number in range(len(tcfg.stages)):
+            net = _train_stage(records, fitted, cfg, tcfg, number, net, directory, mesh, rules, progress)
+    if mesh is not None:
+        net = jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(net))
     params = Params(fitted, net)
-    model.save_model(directory / "model", params, cfg, meta={"seed": tcfg.seed})
+    if alone:
+        model.save_model(directory / "model", params, cfg, meta={"seed": tcfg.seed})
     return params
 
 
@@ -309,3 +350,47 @@ def _kept(fitted: Fitted, cfg: WorldConfig, folder: pathlib.Path) -> Fitted:
                 "into another directory, or fit to the reports that they were trained on"
             )
     return known
+
+
+def _train_stage(
+    records: tuple[Record, ...], fitted: Fitted, cfg: WorldConfig, tcfg: TrainConfig, number: int, net: Any,
+    directory: pathlib.Path, mesh: Any, rules: AxisRules, progress: bool,
+) -> Any:  # fmt: skip
+    """The averaged parameters after a stage."""
+    stage = tcfg.stages[number]
+    optimizer = make_optimizer(stage)
+    state = training.init_state(net, optimizer, jax.random.key(tcfg.seed + 7), ema=True)
+    options: Any = dict(clip_norm=1.0, ema_decay=tcfg.ema)
+    how = functools.partial(loss, cfg=cfg, stage=stage, balance=tcfg.balance)
+    place, shard = None, HostShard(0, 1)
+    if mesh is None:
+        step = training.make_train_step(functools.partial(how, fitted=fitted), optimizer, **options)
+    else:
+        order = fitted.anchors.place if cfg.network.ordered else None
+        place, shard = functools.partial(place_batch, mesh=mesh, rules=rules, order=order), host_shard(mesh, rules)
+        kept = jax.device_put(fitted, NamedSharding(mesh, PartitionSpec()))
+        made = training.make_train_step(
+            lambda net, batch, rng, fitted: how(net, batch, rng, fitted=fitted), optimizer,
+            shardings=training.state_shardings(state), **options,
+        )  # fmt: skip
+
+        def step(state: Any, batch: Any) -> Any:
+            return made(state, batch, kept)
+
+    data = dataset(records, stage, every=tcfg.starts, seed=tcfg.seed * 10 + number, shard=shard)
+    state = training.fit(
+        step, state, iter(data), steps=stage.steps, directory=directory / stage.name,
+        config={"model": cfg, "stage": stage, "seed": tcfg.seed}, checkpoint_every=tcfg.checkpoint_every,
+        log_every=tcfg.log_every, place=place, progress=progress, description=stage.name,
+    )  # fmt: skip
+    return state.ema_params
+
+
+def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
+    """AdamW of a stage."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, stage.learning_rate, min(stage.warmup, stage.steps // 4 + 1), max(stage.steps, 2),
+        0.02 * stage.learning_rate,
+    )  # fmt: skip
+    mask = functools.partial(jax.tree.map, lambda x: x.ndim >= 2)
+    return optax.adamw(schedule, b2=0.99, weight_decay=stage.weight_decay, mask=mask)

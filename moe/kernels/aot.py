@@ -18,6 +18,7 @@ Traps: without `jax.set_mesh` Pallas takes the host for its target. XLA's `cost_
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -136,6 +137,91 @@ def count_collectives(text: str) -> Counter[str]:
     returns a tuple.
     """
     return Counter(_COLLECTIVE.findall(text))
+
+
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
+    f"{sign}{bits}": bits for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
+}
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_HEAD = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\})")
+
+
+def collective_traffic(text: str) -> dict[str, tuple[int, int]]:
+    """{kind: (times, bytes that a device receives)} of an optimised program.
+
+    Loops count as often as they go round, by the compiler's word or the one constant of their condition (once where
+    there is neither), all branches of a condition once. With G devices in a group and results of b bytes a device
+    receives (G - 1) / G b of an all-gather, (G - 1) b of a reduce-scatter, twice (G - 1) / G b of an all-reduce (a
+    ring), b of others.
+    """
+    found: dict[str, Counter[str]] = {}
+    sizes: dict[str, Counter[str]] = {}
+    calls: dict[str, list[tuple[str, int]]] = {}
+    limits: dict[str, set[int]] = {}
+    loops: dict[str, str] = {}  # body: condition
+    entry = name = ""
+    for line in text.splitlines():
+        if line[:1] not in (" ", "}", "") and (head := _HEAD.match(line)):
+            name = head[1]
+            entry = name if line.startswith("ENTRY") else entry
+            found[name], sizes[name], calls[name], limits[name] = Counter(), Counter(), [], set()
+            continue
+        if not name:
+            continue
+        if match := _COLLECTIVE.search(line):
+            kind = match[1]
+            size = _received(kind, line, line[: match.start() + 1], scattered="all-reduce-scatter" in name)
+            kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
+            found[name][kind] += 1
+            sizes[name][kind] += size
+        limits[name] |= set(map(int, _LIMIT.findall(line)))
+        known = _TRIPS.search(line)
+        if (condition := _CONDITION.search(line)) and not known:
+            loops |= dict.fromkeys(_CALLED.findall(line), condition[1])
+        calls[name] += [(called, int(known[1]) if known else 1) for called in _CALLED.findall(line)]
+        if branches := _BRANCHES.search(line):
+            calls[name] += [(called.strip(" %"), 1) for called in branches[1].split(",")]
+
+    @functools.cache
+    def total(name: str) -> tuple[Counter[str], Counter[str]]:
+        times, moved = Counter(found[name]), Counter(sizes[name])
+        for called, trips in calls[name]:
+            if called in loops and len(limits.get(loops[called], ())) == 1:
+                trips = max(limits[loops[called]])
+            if called in found:
+                for mine, theirs in zip((times, moved), total(called), strict=True):
+                    for kind, value in theirs.items():
+                        mine[kind] += trips * value
+        return times, moved
+
+    times, moved = total(entry)
+    return {kind: (times[kind], moved[kind]) for kind in times}
+
+
+def _received(kind: str, line: str, before: str, *, scattered: bool) -> int:
+    """Bytes a device receives in the collective of a line, whose text before its name is `before`."""
+    arrays = [
+        math.prod(int(n) for n in dims.split(",") if n) * _BITS[dtype] // 8
+        for dtype, dims in _ARRAY.findall(before.partition(" = ")[2])
+        if dtype in _BITS
+    ]
+    if f" {kind}-start(" in line and kind != "all-reduce":  # returns (operands, results, scalars)
+        arrays = [size for size in arrays if size > 4]
+        arrays = arrays[len(arrays) // 2 :]
+    size = sum(arrays)
+    match = _GROUPS.search(line)
+    group = 1 if match is None else int(match[2]) if match[2] else len(match[3].split(","))
+    if kind == "all-gather" or scattered:
+        return size * (group - 1) // max(group, 1)
+    if kind == "reduce-scatter":
+        return size * (group - 1)
+    return 2 * size * (group - 1) // max(group, 1) if kind == "all-reduce" else size
 
 
 @dataclasses.dataclass(frozen=True)

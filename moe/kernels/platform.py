@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -50,6 +51,9 @@ class Batched:
 
     def __call__(self, *flat: jax.Array) -> Any:
         axis = self.axis
+        if axis.size == 1:  # a device's only sample: kernels without a batch axis
+            alone = [x if d is None else lax.squeeze(x, (d,)) for x, d in zip(flat, self.dims, strict=True)]
+            return jax.tree.map(lambda x: x[None], self.function(*alone))
         return jax.vmap(
             self.function, in_axes=self.dims, axis_size=axis.size, axis_name=axis.name, spmd_axis_name=axis.spmd_name
         )(*flat)

@@ -15,9 +15,12 @@ from earth.kernels.neighbour_attention import (
     collect,
     pairs,
 )
+from earth.kernels.neighbour_attention.order import arrangement
 from earth.kernels.neighbour_attention.shapes import check_operands
+from earth.kernels.neighbour_attention.tiles import sort
 from earth.neighbours import FAR2, Neighbourhood, nearest
 from moe.kernels import aot, aot_cuda
+from moe.sharding import AxisRules, make_mesh, use_mesh
 
 HEADS, KEY, WIDTH, AXES, DIRECTIONS = 4, 4, 5, 4, 3
 POINTS, ANCHORS, SLOTS = 150, 40, 4  # most tests have these shapes, so that they share what is compiled
@@ -134,6 +137,10 @@ FAST = [name for name in IMPLEMENTATIONS if not name.startswith("pallas")]  # in
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(name, kind, implementation):
+    check_values_and_gradients(name, kind, implementation)
+
+
+def check_values_and_gradients(name, kind, implementation):
     """Values against the oracle; gradients of a weighted sum against its central differences in float64, along random
     directions of every operand.
     """
@@ -193,6 +200,97 @@ def test_points_that_are_not_there(kind, implementation):
     moved = dataclasses.replace(case, points=points)
     for a, b in zip(clean, run(moved, kind, given, implementation), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_points_that_come_in_order_are_not_sorted(kind):
+    """The TPU kernels in their interpreter: arranged or not, the same oracle; and no sort of the points is left."""
+    case = make(k=1)
+    order = arrangement(nearest(case.points, case.anchors, 1).index, case.anchors)
+    arranged = Case(case.points[order], case.anchors, case.frame, case.where[order], case.k)
+    given = operands(arranged, kind)
+    meet = arranged.pairs().replace(ordered=True)
+
+    def both(given):
+        made, pull = jax.vjp(lambda g: CALL[kind](pairs=meet, implementation="pallas_tpu", **g), given)
+        return made, pull(made)[0]
+
+    made, slope = jax.jit(both)(given)
+    want, pull = jax.vjp(lambda g: CALL[kind](pairs=meet, implementation="reference", **g), given)
+    for a, b in zip(jax.tree.leaves((made, slope)), jax.tree.leaves((want, pull(want)[0])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+    for g, w in zip(jax.tree.leaves(made), oracle(arranged, kind, given), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * max(1, np.abs(w).max()))
+    sorted_, unsorted = (
+        str(jax.make_jaxpr(lambda m: sort(m, 128))(m)).count("sort[") for m in (meet, meet.replace(ordered=False))
+    )
+    assert sorted_ < unsorted
+
+
+def split(devices=5, **other):
+    """A mesh and rules that split points and anchors."""
+    rules = AxisRules.of("split", activations=dict(query=("space",), anchor=("space",)) | other)
+    return make_mesh({"space": devices}, devices=jax.devices()[:devices]), rules
+
+
+@pytest.mark.parametrize("implementation", ["gather", "blocked"])
+@pytest.mark.parametrize("name", ["usual", "one neighbour", "nobody there"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_points_and_anchors_split_over_devices(name, kind, implementation):
+    """The same oracle and the same bounds as on one device: the prior counts once, sums are merged exactly."""
+    with use_mesh(*split()):
+        check_values_and_gradients(name, kind, implementation)
+
+
+def test_extreme_scores_split_over_devices():
+    case = make(missing=0)
+    given = operands(case, "collect", plain=True)
+    given["query"] = given["query"] * 3000
+    wanted = run(case, "collect", given, "gather")
+    with use_mesh(*split()):
+        made = run(case, "collect", given, "gather")
+    for a, b in zip(made, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-3)  # scores of 1e4 are known to 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_over_one_axis_of_the_mesh_and_points_over_another(kind):
+    """One sample a device, and its kernels without a batch axis: as each sample by itself."""
+    case = make(points=160)
+    batch = [operands(case, kind, seed=s) for s in (1, 2)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *batch)
+    rules = AxisRules.of("both", activations=dict(batch=("data",), query=("space",), anchor=("space",)))
+
+    def both(given):
+        def one(given):
+            made, pull = jax.vjp(lambda given: run(case, kind, given, None), given)
+            return made, pull(made)[0]
+
+        return jax.vmap(one, spmd_axis_name="data")(given)
+
+    with use_mesh(make_mesh({"data": 2, "space": 4}), rules):
+        compiled = jax.jit(both).lower(stacked).compile()
+        found = compiled(stacked)
+    assert aot.count_collectives(compiled.as_text())["reduce-scatter"] >= 1
+    for i, given in enumerate(batch):
+        made, pull = jax.vjp(lambda given: run(case, kind, given, "reference"), given)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((made, pull(made)[0])), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+
+
+def test_what_does_not_divide_over_devices_is_an_error():
+    case = make()
+    given = operands(case, "attend")
+    with (
+        use_mesh(*split(4)),
+        pytest.raises(NeighbourAttentionError, match=r"150 points do not divide over mesh axes \('space',\) .* size 4"),
+    ):
+        run(case, "attend", given, "gather")
+    with (
+        use_mesh(*split(5, anchor=())),
+        pytest.raises(NeighbourAttentionError, match="map both to the same mesh axes"),
+    ):
+        run(case, "attend", given, "gather")
 
 
 @pytest.mark.parametrize("implementation", FAST)

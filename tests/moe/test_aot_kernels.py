@@ -6,6 +6,7 @@ Nothing here is run on a TPU: memory, kernels and schedules are the compiler's.
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe.kernels import aot
@@ -94,6 +95,32 @@ def test_collectives_that_return_tuples_count():
 
 # --------------------------------------------------------------------------------------------------
 # Compiling
+
+
+@pytest.mark.aot_tpu
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_traffic_counts_the_turns_of_loops():
+    """Four chips, [1024, 512]: five all-gathers and reduce-scatters, a sum of [512], a neighbour's quarter."""
+    mesh = aot.topology_mesh("v5p:2x2x1", {"space": 4})
+
+    def local(x):
+        def body(c, _):
+            return lax.psum_scatter(jnp.tanh(lax.all_gather(c, "space", tiled=True)), "space", tiled=True), None
+
+        c, _ = lax.scan(body, x, length=5)
+        return lax.ppermute(c, "space", [(i, (i + 1) % 4) for i in range(4)]), lax.psum(jnp.sin(c).sum(0), "space")
+
+    def whole(x):
+        return jax.shard_map(local, in_specs=P("space"), out_specs=(P("space"), P()), check_vma=False)(x)
+
+    report = aot.compile_report(whole, mesh, aot.abstract(mesh, (1024, 512), jnp.float32, P("space")))
+    size = 1024 * 512 * 4
+    assert aot.collective_traffic(report.text) == {
+        "all-gather": (5, 5 * size * 3 // 4),
+        "reduce-scatter": (5, 5 * size * 3 // 4),
+        "all-reduce": (1, 2 * 512 * 4 * 3 // 4),
+        "collective-permute": (1, size // 4),
+    }
 
 
 @pytest.mark.aot_tpu

@@ -26,18 +26,19 @@ Implementations, each for both directions and their gradients:
     pallas_gpu    Triton: the same tiles
 
 By default the one is taken that fits the platform being lowered for. Scores and sums are float32; results have the
-dtype of `value`. Order along points and anchors is free; no result depends on it.
+dtype of `value`. Order along points and anchors is free; no result depends on it. Under `moe.sharding.use_mesh` with
+rules that split points and anchors, every device has its part of both (`sharded`), whatever the implementation.
 """
 
 import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from earth.kernels.neighbour_attention import sharded
+from earth.kernels.neighbour_attention.choice import implementation_of, run_pass
 from earth.kernels.neighbour_attention.shapes import (
     ANCHORS,
     POINTS,
@@ -46,16 +47,10 @@ from earth.kernels.neighbour_attention.shapes import (
     check_operands,
     pairs,
 )
-from moe.kernels.platform import Partial, platform_dependent
 
 __all__ = ["IMPLEMENTATIONS", "NeighbourAttentionError", "Pairs", "attend", "collect", "pairs"]
 
-GATHER_MOST = 2**26
-"""Numbers [N, k, H, V] up to which `gather` is taken where there is no kernel: 256 MB."""
-
 IMPLEMENTATIONS = ("reference", "gather", "blocked", "pallas_tpu", "pallas_gpu")
-_COMPILED = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
-"""By platform. There a kernel comes without the alternative of interpreting it."""
 
 
 def attend(
@@ -128,53 +123,38 @@ def _there(array: jax.Array, pairs: Pairs) -> jax.Array:
     return array if pairs.where is None else jnp.where(pairs.where[:, None, None], array, 0)
 
 
-def _module(name: str) -> ModuleType:
-    """Imported on first use, for Pallas is slow to import."""
-    return importlib.import_module(f"{__name__}.{name}")
-
-
 def _run(side: str, implementation: str | None, *operands: Any) -> tuple[jax.Array, jax.Array]:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise NeighbourAttentionError(f"implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "reference":
-        return _module("reference").forward(*operands, side=side)
-    return _attention(side, implementation, *operands)
+        return implementation_of("reference").forward(*operands, side=side)
+    return _attention(side, implementation, sharded.mesh_axes(), *operands)
 
 
-def _of_module(*args: Any, module: str, name: str, **options: Any) -> Any:
-    return getattr(_module(module), name)(*args, **options)
+def _pass(name: str, side: str, implementation: str | None, axes: tuple[str, ...], *operands: Any) -> Any:
+    if axes:
+        return getattr(sharded, name)(side, implementation, axes, *operands)
+    return run_pass(name, side, implementation, *operands)
 
 
-def _by_platform(name: str, side: str, implementation: str | None, *args: Any) -> Any:
-    if implementation is not None:
-        return _of_module(*args, module=implementation, name=name, side=side)
-    kernels = {
-        platform: Partial(_of_module, module=module, name=name, side=side, interpret=False)
-        for platform, module in _COMPILED.items()
-    }
-    index, value = next(a.index for a in args if isinstance(a, Pairs)), args[2]
-    plain = "gather" if index.size * value.shape[1] * value.shape[2] <= GATHER_MOST else "blocked"
-    return platform_dependent(*args, default=Partial(_of_module, module=plain, name=name, side=side), **kernels)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(side, implementation, axes, query, key, value, decay, prior, coefficient, pairs):
+    return _pass("forward", side, implementation, axes, query, key, value, decay, prior, coefficient, pairs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(side, implementation, query, key, value, decay, prior, coefficient, pairs):
-    return _by_platform("forward", side, implementation, query, key, value, decay, prior, coefficient, pairs)
-
-
-def _forward(side, implementation, *operands):
-    made: Any = _attention(side, implementation, *operands)
+def _forward(side, implementation, axes, *operands):
+    made: Any = _attention(side, implementation, axes, *operands)
     return made, (operands, *made)
 
 
-def _backward(side, implementation, saved, grads):
+def _backward(side, implementation, axes, saved, grads):
     operands, out, total = saved
     query, key, value, decay, prior, coefficient, pairs = operands
     grad, grad_total = grads
     # What every weight of a row loses for the others' sake; the logarithm of the total feels each weight alike.
     rest = jnp.sum(out * grad, -1) - grad_total
     given = (query, key, value, decay, coefficient, pairs, total, grad, rest)
-    made = _by_platform("backward", side, implementation, *given)
+    made = _pass("backward", side, implementation, axes, *given)
     of_prior = None if prior is None else -jnp.exp(prior - total) * rest
     *first, of_coefficient = made
     first = [g.astype(a.dtype) for g, a in zip(first, (query, key, value, decay), strict=True)]

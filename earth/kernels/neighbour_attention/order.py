@@ -1,7 +1,10 @@
 """Orders in which neighbours lie together."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from earth.kernels.neighbour_attention.shapes import Pairs
 
@@ -23,6 +26,12 @@ def anchor_order(positions: jax.Array) -> jax.Array:
 def rank(order: jax.Array) -> jax.Array:
     """Where each is in the order."""
     return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+
+
+def arrangement(near: Any, anchors: Any) -> np.ndarray:
+    """[..., N] int, the order of `point_order`, on the host: of neighbours [..., N, k] (-1 none), anchors at [M, P]."""
+    place = np.append(np.asarray(rank(anchor_order(jnp.asarray(anchors, jnp.float32)))), len(anchors))
+    return np.argsort(place[np.asarray(near)[..., 0]], axis=-1, kind="stable")
 
 
 def point_order(pairs: Pairs, anchors: jax.Array) -> jax.Array:

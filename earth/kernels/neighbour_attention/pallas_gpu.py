@@ -169,15 +169,15 @@ def _sides(spec: Spec, vectors: dict[str, tuple], tables: dict[str, jax.Array], 
     for side, arrays in vectors.items():
         packed = []
         for a in arrays:
-            a = pad_rows(a[ordered.order[side]].astype(dtype), SIZE).transpose(1, 0, 2)
+            a = pad_rows(ordered.sorted(side, a).astype(dtype), SIZE).transpose(1, 0, 2)
             packed.append(jnp.pad(a, ((0, 0), (0, 0), (0, _width(a.shape[2]) - a.shape[2]))))
         table = tables[side].transpose(1, 0, 2)
         made[side] = (*packed, table.reshape(len(table), -1))
     return made
 
 
-def _unpack(array: jax.Array, place: jax.Array, width: int) -> jax.Array:
-    return array.transpose(1, 0, 2)[place, :, :width]
+def _unpack(array: jax.Array, ordered: Sorted, side: str, count: int, width: int) -> jax.Array:
+    return ordered.back(side, array.transpose(1, 0, 2)[:, :, :width])[:count]
 
 
 def _prepare(query, value, coefficient):
@@ -195,8 +195,8 @@ def forward(
     tables = scalars(spec, pairs, decay, {} if prior is None else dict(prior=prior), ordered, SIZE)
     sides = _sides(spec, {side: (query,), other(side): (key, value)}, tables, ordered, dtype)
     out, logs = _launch(spec, interpret, ordered.meet[side], sides, flat)
-    place = ordered.place[side]
-    return _unpack(out, place, value.shape[2]), logs.T[place]
+    count = len(query)
+    return _unpack(out, ordered, side, count, value.shape[2]), ordered.back(side, logs.T)[:count]
 
 
 def backward(
@@ -211,11 +211,12 @@ def backward(
     for block in (POINTS, ANCHORS):
         spec = make_spec(query, value, coefficient, pairs, side, block=block, backward=True, prior=False)
         tables = scalars(spec, pairs, decay, dict(total=total, rest=rest), ordered, SIZE)
+        count = pairs.sizes[0 if block == POINTS else 1]
         made = _launch(spec, interpret, ordered.meet[block], _sides(spec, vectors, tables, ordered, dtype), flat)
         for name, array in zip(spec.outputs, made, strict=False):
-            gradients[block, name] = _unpack(array, ordered.place[block], widths[name])
+            gradients[block, name] = _unpack(array, ordered, block, count, widths[name])
         if block == ANCHORS:
-            of_decay = made[-1].T[ordered.place[block]]
+            of_decay = ordered.back(block, made[-1].T)[:count]
         elif spec.moments:
             of_coefficient = made[-1].sum(2).T
     column = other(side)

@@ -299,7 +299,7 @@ def _sides(spec: Spec, vectors: dict[str, tuple], tables: dict[str, jax.Array], 
     made = {}
     for side, arrays in vectors.items():
         layouts = zip((spec.scores, spec.values), arrays, strict=False)
-        packed = [pad_rows(lanes.pack(a[ordered.order[side]].astype(dtype)), SIZE) for lanes, a in layouts]
+        packed = [pad_rows(lanes.pack(ordered.sorted(side, a).astype(dtype)), SIZE) for lanes, a in layouts]
         made[side] = (*packed, tables[side])
     return made
 
@@ -324,9 +324,9 @@ def forward(
         return _call(spec, meet, sides, flat, interpret)
 
     out, logs = _launch(call, interpret, ordered.meet[side], sides, flat)
-    place = ordered.place[side]
     logs = logs.transpose(0, 2, 1).reshape(-1, logs.shape[1])[:, : spec.heads]
-    return spec.values.unpack(out)[place], logs[place]
+    count = len(query)
+    return ordered.back(side, spec.values.unpack(out))[:count], ordered.back(side, logs)[:count]
 
 
 def backward(
@@ -346,12 +346,13 @@ def backward(
             return _call(spec, meet, sides, flat, interpret)
 
         made = _launch(call, interpret, ordered.meet[block], sides, flat)
-        place, lanes = ordered.place[block], {"scores": spec.scores, "values": spec.values}
+        lanes, count = {"scores": spec.scores, "values": spec.values}, pairs.sizes[0 if block == POINTS else 1]
         for name, array in zip(spec.outputs, made, strict=False):
-            gradients[block, name] = lanes[name].unpack(array)[place]
+            gradients[block, name] = ordered.back(block, lanes[name].unpack(array))[:count]
         if block == ANCHORS:
             logs = made[len(spec.outputs)]
-            of_decay = logs.transpose(0, 2, 1).reshape(-1, logs.shape[1])[:, : spec.heads][place]
+            logs = logs.transpose(0, 2, 1).reshape(-1, logs.shape[1])[:, : spec.heads]
+            of_decay = ordered.back(block, logs)[:count]
         elif spec.moments:
             sums = made[-1].sum((0, 2))[: spec.heads * spec.moments]
             of_coefficient = sums.reshape(spec.heads, spec.moments)

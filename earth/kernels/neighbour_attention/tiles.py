@@ -26,22 +26,35 @@ class Meetings(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """order: {side: items in the order of the kernels}; place: {side: the inverse}; meet: {side: Meetings}."""
+    """order: {side: items in the order of the kernels, None for the order they have}; place: {side: the inverse}; meet:
+    {side: Meetings}.
+    """
 
-    order: dict[str, jax.Array]
-    place: dict[str, jax.Array]
+    order: dict[str, jax.Array | None]
+    place: dict[str, jax.Array | None]
     meet: dict[str, Meetings]
+
+    def sorted(self, side: str, array: jax.Array) -> jax.Array:
+        """Rows of a side in the order of the kernels."""
+        order = self.order[side]
+        return array if order is None else array[order]
+
+    def back(self, side: str, array: jax.Array) -> jax.Array:
+        """Rows that the kernels made (and padded), as the caller has them."""
+        place = self.place[side]
+        return array if place is None else array[place]
 
 
 def sort(pairs: Pairs, size: int) -> Sorted:
     """Tiles of `size` points along the order of their nearest anchors, anchors along a Z-curve."""
     points, anchors = pairs.sizes
-    order = {ANCHORS: anchor_order(pairs.anchors)}
-    order[POINTS] = point_order(pairs, order[ANCHORS])
-    place = {side: rank(o) for side, o in order.items()}
+    along = anchor_order(pairs.anchors)
+    order = {ANCHORS: along, POINTS: None if pairs.ordered else point_order(pairs, along)}
+    place = {side: None if o is None else rank(o) for side, o in order.items()}
     tiles = -(-anchors // size)
-    of_anchor = jnp.append(place[ANCHORS] // size, tiles)  # -1, nobody, is the last
-    block = jnp.broadcast_to(place[POINTS][:, None] // size, pairs.index.shape)
+    of_anchor = jnp.append(rank(along) // size, tiles)  # -1, nobody, is the last
+    of_point = jnp.arange(points) if pairs.ordered else rank(point_order(pairs, along))
+    block = jnp.broadcast_to(of_point[:, None] // size, pairs.index.shape)
     meets = jnp.zeros((-(-points // size), tiles), bool).at[block, of_anchor[pairs.index]].set(True, mode="drop")
     return Sorted(order, place, {POINTS: _meetings(meets), ANCHORS: _meetings(meets.T)})
 
@@ -162,12 +175,13 @@ def make_spec(query, value, coefficient, pairs: Pairs, side: str, **rest) -> Spe
     )
 
 
-def _scalars(spec: Spec, side: str, given: dict[str, jax.Array], order: jax.Array, size: int) -> jax.Array:
+def _scalars(spec: Spec, side: str, given: dict[str, jax.Array], ordered: Sorted, size: int) -> jax.Array:
     """[tiles, F, size] of a side from {name: [R, ...]}, sorted."""
     columns = []
     for name, array in given.items():
         fill = AWAY if name == "x" and side == ANCHORS else 0.0
-        columns.append(pad_rows(array[order].astype(jnp.float32).reshape(len(order), -1), size, fill))
+        rows = ordered.sorted(side, array).astype(jnp.float32)
+        columns.append(pad_rows(rows.reshape(len(rows), -1), size, fill))
     table = jnp.concatenate(columns, 1)
     assert table.shape[1] == len(spec.fields(side)), (table.shape, spec.fields(side))
     table = jnp.pad(table, ((0, 0), (0, spec.depth(side) - table.shape[1])))
@@ -185,5 +199,5 @@ def scalars(spec: Spec, pairs: Pairs, decay, stats: dict, ordered: Sorted, size:
             given |= dict(decay=decay)
         if side == spec.rows:
             given |= stats
-        made[side] = _scalars(spec, side, given, ordered.order[side], size)
+        made[side] = _scalars(spec, side, given, ordered, size)
     return made
