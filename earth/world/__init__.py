@@ -18,6 +18,7 @@ from earth.world.denial import denial_matrix as denial_matrix
 from earth.world.field import Anchors as Anchors
 from earth.world.field import FieldConfig as FieldConfig
 from earth.world.forecasts import analyse as analyse
+from earth.world.forecasts import ensemble as ensemble
 from earth.world.forecasts import forecast as forecast
 from earth.world.forecasts import queries as queries
 from earth.world.forecasts import sample as sample

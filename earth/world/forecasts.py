@@ -68,7 +68,7 @@ def _jitted(cfg: WorldConfig) -> tuple[Any, Any, Any]:
 def analyse(
     params: Params, record: Record, init: Any, *, cycles: int, cfg: WorldConfig,
     tokens: Mapping[str, int] | None = None, given: Mapping[str, bool] | None = None, state: State | None = None,
-    seed: int = 0,
+    seed: int = 0, key: Any = None,
 ) -> State:  # fmt: skip
     """The analysis at `init` (datetime64) from the last `cycles` windows of a record, each with a first guess.
 
@@ -76,6 +76,7 @@ def analyse(
       tokens: reports of a window by sensor, where more than the config's are to be read.
       given: sensors that may be read; all by default.
       state: an analysis `cycles` steps earlier to go on from; None starts from nothing.
+      seed: of the reports drawn where there are more. key: random key of a member, see `ensemble`.
     """
     assimilate, advance, _ = _jitted(cfg)
     end = int(np.datetime64(init, "s").astype(np.int64))
@@ -87,7 +88,7 @@ def analyse(
         if state is None:
             state = State(time - np.int32(step), network.background(params.network, params.fitted.anchors, time))
         shown = {name: np.full(np.shape(t.age), given is None or given.get(name, True)) for name, t in window.items()}
-        state = assimilate(params, advance(params, state, 1), window, time, given=shown)
+        state = assimilate(params, advance(params, state, 1, key=key), window, time, given=shown, key=key)
     assert state is not None
     return state
 
@@ -95,7 +96,7 @@ def analyse(
 def forecast(
     params: Params, record: Record, wanted: pd.DataFrame, *, cycles: int, cfg: WorldConfig,
     sensors: Mapping[str, str] | None = None, tokens: Mapping[str, int] | None = None,
-    given: Mapping[str, bool] | None = None, carry: bool = False, progress: bool = True,
+    given: Mapping[str, bool] | None = None, carry: bool = False, key: Any = None, progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(prediction, standard deviation) [n], SI, of every row of a frame; NaN for variables the model does not have.
 
@@ -106,6 +107,7 @@ def forecast(
       sensors: which sensor answers for a group; the group's own name by default.
       carry: each analysis goes on from the one before where whole steps lie between them, as a centre would cycle;
         otherwise every initial time starts from nothing, `cycles` windows earlier.
+      key: random key of one member, see `ensemble`; None for the deterministic forecast.
     """
     from tqdm import tqdm
 
@@ -123,14 +125,14 @@ def forecast(
         windows = int((init - last) // step) if go_on else cycles
         analysis = analyse(
             params, record, init, cycles=windows, cfg=cfg, tokens=tokens, given=given,
-            state=analysis if go_on else None,
+            state=analysis if go_on else None, key=key,
         )  # fmt: skip
         last, state = init, analysis
         rows = np.flatnonzero(wanted["init_time"].to_numpy("datetime64[s]") == init)
         ahead = -((init - valid[rows]) // step)  # whole steps that reach the valid time
         done = 0
         for count in np.unique(ahead):
-            state = advance(params, state, int(count) - done)
+            state = advance(params, state, int(count) - done, key=key)
             done = int(count)
             now = rows[ahead == count]
             for group in wanted["group"].iloc[now].unique():
@@ -148,6 +150,27 @@ def forecast(
                 out[0, own[known]] = mean[back.ravel()[known], column[known]]
                 out[1, own[known]] = sd[back.ravel()[known], column[known]]
     return out[0], out[1]
+
+
+def ensemble(
+    params: Params, record: Record, wanted: pd.DataFrame, *, members: int, cfg: WorldConfig, seed: int = 0,
+    progress: bool = True, **options: Any,
+) -> np.ndarray:  # fmt: skip
+    """Forecasts [n, members], SI, of every row of a frame: equally likely courses of the atmosphere, from a network
+    that was trained with noise and several members (`NetworkConfig.noise`, `StageConfig.members`). Each cycles and
+    advances with noise of its own; the reports are the same. What a single report errs by is not in them.
+
+    Args:
+      options: as for `forecast`.
+    """
+    from tqdm import tqdm
+
+    keys = jax.random.split(jax.random.key(seed), members)
+    made = [
+        forecast(params, record, wanted, cfg=cfg, key=key, progress=False, **options)[0]
+        for key in tqdm(keys, desc="members", disable=not progress)
+    ]
+    return np.stack(made, 1)
 
 
 def sample(

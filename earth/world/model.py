@@ -173,6 +173,7 @@ def assimilate(
     *,
     cfg: WorldConfig,
     given: Mapping[str, Any] | None = None,
+    key: Any = None,
 ) -> State:
     """Analysis at `end` of the reports of (end - step, end].
 
@@ -180,25 +181,34 @@ def assimilate(
       state: the background, advanced to `end`; None starts from what the forcing alone says.
       tokens: {sensor: Tokens} of every sensor of the config (`earth.world.records`); none masked-in is fine.
       given: {sensor: [N] bool} reports that may be read; all by default.
+      key: random key of one member of an ensemble (`NetworkConfig.noise`); None for the one deterministic analysis.
     """
     h = network.background(params.network, params.fitted.anchors, end) if state is None else state.latent
     before = read_field(params, h, tokens, end, cfg=cfg)
     given = {s.sensor: jnp.ones(tokens[s.sensor].age.shape, bool) for s in cfg.sensors} if given is None else given
     h = network.analyse(
         params.network, h, params.fitted.anchors, tokens, given, {k: v[0] for k, v in before.items()}, end,
-        cfg=cfg.network, field=cfg.field, sensors=cfg.sensors, step=cfg.step,
+        cfg=cfg.network, field=cfg.field, sensors=cfg.sensors, step=cfg.step, key=part_of(key, 1),
     )  # fmt: skip
     return State(end, h)
 
 
-def advance(params: Params, state: State, steps: int | jax.Array = 1, *, cfg: WorldConfig) -> State:
-    """The field `steps` steps of the dynamics later."""
+def advance(params: Params, state: State, steps: int | jax.Array = 1, *, cfg: WorldConfig, key: Any = None) -> State:
+    """The field `steps` steps of the dynamics later; `key` as for `assimilate`: one member keeps one key."""
 
     def once(_, s: State) -> State:
         time = s.time + jnp.int32(round(cfg.step * 3600))
-        return State(time, network.step(params.network, s.latent, params.fitted.anchors, time, cfg=cfg.network))
+        latent = network.step(
+            params.network, s.latent, params.fitted.anchors, time, cfg=cfg.network, key=part_of(key, 0)
+        )
+        return State(time, latent)
 
     return jax.lax.fori_loop(0, steps, once, State(jnp.asarray(state.time, jnp.int32), state.latent))
+
+
+def part_of(key: Any, number: int) -> Any:
+    """Steps and analyses of one time have noise of their own."""
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 def read(params: Params, state: State, tokens: Mapping[str, Tokens], *, cfg: WorldConfig) -> dict[str, tuple[Any, Any]]:
@@ -239,7 +249,7 @@ def window_end(seconds_1970: int) -> np.int32:
 
 _CLASSES = (
     Params, Fitted, Climate, Anchors, Neighbourhood, Network, network.Attention, network.Block, network.SparseBlock,
-    network.Sense, network.Direct, network.Spectral, layers.Dense, MoEParams, ExpertParams,
+    network.Noise, network.Sense, network.Direct, network.Spectral, layers.Dense, MoEParams, ExpertParams,
 )  # fmt: skip
 
 

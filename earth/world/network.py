@@ -58,6 +58,8 @@ class NetworkConfig:
       ordered: reports come arranged along the anchors (`earth.world.sharding.arrange`), so that no device sorts them.
       operands: dtype of queries, keys and values where points and anchors meet. "bfloat16" halves what devices send
         each other and takes one pass of a TPU's matrix units instead of six; sums stay float32.
+      noise: channels of white noise on every anchor that steps and analyses can be given, so that a forecast is one of
+        many that are possible; 0: there is one only.
     """
 
     width: int = 96
@@ -73,6 +75,7 @@ class NetworkConfig:
     experts: int = 0
     top_k: int = 2
     ordered: bool = False
+    noise: int = 0
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -83,6 +86,8 @@ class NetworkConfig:
             raise ValueError(f"experts {self.experts} must be 0 or more, and top_k {self.top_k} in 1..experts")
         if self.operands not in ("float32", "bfloat16"):
             raise ValueError(f"operands {self.operands!r} is not one of float32, bfloat16")
+        if self.noise < 0:
+            raise ValueError(f"noise {self.noise} must not be negative")
 
 
 @flax.struct.dataclass
@@ -156,7 +161,17 @@ class Sense:
 
 
 @flax.struct.dataclass
+class Noise:
+    """Noise on the way in: what it does, and how much of it, channel by channel, the field there asks for."""
+
+    mix: Dense
+    strength: Dense
+
+
+@flax.struct.dataclass
 class Network:
+    """`step_noise`, `analysis_noise`: None where the configuration has no noise."""
+
     place: Dense
     senses: dict[str, Sense]
     blend: Dense
@@ -171,6 +186,8 @@ class Network:
     gate: Dense
     profile: Dense
     profile_out: Dense
+    step_noise: Noise | None = None
+    analysis_noise: Noise | None = None
 
 
 def _attention(cfg: NetworkConfig, d_in: int) -> Attention:
@@ -238,6 +255,9 @@ def network_specs(cfg: NetworkConfig, sensors: tuple[SensorConfig, ...], statics
             form=form,
         )  # fmt: skip
 
+    def noise() -> Noise | None:
+        return Noise(dense(cfg.noise, d, 0.2), dense(d, d, 0.1)) if cfg.noise else None
+
     f = forcing_width(statics)
     return Network(
         place=dense(f, d), senses={s.sensor: sense(s) for s in sensors},
@@ -246,7 +266,7 @@ def network_specs(cfg: NetworkConfig, sensors: tuple[SensorConfig, ...], statics
         dynamics=[(_sparse_block if cfg.experts else _block)(cfg, f) for _ in range(cfg.dynamics_layers)],
         reading=_attention(cfg, d), hidden=dense(d, hidden), tendency=dense(d, hidden, 0.3),
         about=dense(PLACE + AGE, hidden), gate=dense(PLACE, hidden, 0.3), profile=dense(_VERTICAL, 32),
-        profile_out=dense(32, hidden + 1, 0.3),
+        profile_out=dense(32, hidden + 1, 0.3), step_noise=noise(), analysis_noise=noise(),
     )  # fmt: skip
 
 
@@ -356,21 +376,34 @@ def background(net: Network, anchors: Anchors, time: Any) -> Float[Any, "M D"]:
     return _anchored(apply(net.place, forcing_features(anchors, time)))
 
 
-def step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig) -> Any:
+def step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig, key: Any = None) -> Any:
     """One step of the dynamics to `time`. Steps and analyses start from the normalised field: the state of a long chain
-    stays as large as that of a short one, and a report weighs as much.
+    stays as large as that of a short one, and a report weighs as much. With a random key, one of many steps that are
+    possible: the same for the same key and time.
     """
-    return balanced_step(net, h, anchors, time, cfg=cfg)[0]
+    return balanced_step(net, h, anchors, time, cfg=cfg, key=key)[0]
 
 
-def balanced_step(net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig) -> tuple[Any, list[Mean]]:
+def balanced_step(
+    net: Network, h: Any, anchors: Anchors, time: Any, *, cfg: NetworkConfig, key: Any = None
+) -> tuple[Any, list[Mean]]:
     """`step`, and the load-balancing loss of every mixture in it (Switch Transformer, `moe.routing.switch_loss`)."""
-    h, found = layer_norm(h), []
+    h, found = _stirred(net.step_noise, layer_norm(h), key, time, cfg), []
     forcing = forcing_features(anchors, time)
     for block in net.dynamics:
         h, balance = _run(block, h, anchors, forcing, cfg=cfg)
         found += balance
     return h, found
+
+
+def _stirred(noise: Noise | None, h: Any, key: Any, time: Any, cfg: NetworkConfig) -> Any:
+    """The field with noise of this key and time in it."""
+    if key is None:
+        return h
+    if noise is None:
+        raise ValueError("a random key was given to a network without noise; set NetworkConfig.noise and train with it")
+    white = jax.random.normal(jax.random.fold_in(key, jnp.asarray(time).astype(jnp.uint32)), (h.shape[0], cfg.noise))
+    return h + apply(noise.mix, _anchored(white)) * jax.nn.softplus(apply(noise.strength, layer_norm(h)))
 
 
 def read_column(
@@ -461,13 +494,14 @@ def weighting(form: Spectral, s: SensorConfig, view_angle: Any, *, cfg: NetworkC
 def analyse(
     net: Network, h: Any, anchors: Anchors, tokens: Mapping[str, Tokens], given: Mapping[str, Any],
     expected: Mapping[str, Any], end: Any, *, cfg: NetworkConfig, field: FieldConfig,
-    sensors: tuple[SensorConfig, ...], step: float,
+    sensors: tuple[SensorConfig, ...], step: float, key: Any = None,
 ) -> Any:  # fmt: skip
     """The field after the reports of a window.
 
     Args:
       given: {sensor: [N] which reports may be read}.
       expected: {sensor: [N, V]} what the field before says of them, in the units of the values.
+      key: of the noise, as for `step`; None for none.
     """
     y = layer_norm(h)
     total = jnp.zeros_like(h)
@@ -489,14 +523,15 @@ def analyse(
         x = _reported(x + apply(sense.hidden, jax.nn.gelu(x)))
         a = sense.attention
         at = place(field, t.latitude, t.longitude, t.height)
-        query, key, value = (_heads(apply(to, of), cfg) for to, of in ((a.query, y), (a.key, x), (a.value, x)))
+        query, keys, value = (_heads(apply(to, of), cfg) for to, of in ((a.query, y), (a.key, x), (a.value, x)))
         meet = pairs(at, anchors.place, t.near, frame=anchors.frame, where=mask.any(-1), ordered=cfg.ordered)
         prior = jnp.broadcast_to(sense.prior, (h.shape[0], cfg.heads))
-        found = collect(query, key, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
+        found = collect(query, keys, value, _decay(a, h.shape[0]), prior, meet, coefficient=a.moments)
         out, mass = (x.astype(h.dtype) for x in found)
         total = total + apply(sense.merge, out.reshape(h.shape)) + apply(sense.mass, mass)
     x = apply(net.blend, y + total)
     h = _anchored(y + apply(net.blend_out, jax.nn.gelu(x)) + apply(net.skip, total))
+    h = _stirred(net.analysis_noise, h, key, end, cfg)
     forcing = forcing_features(anchors, end)
     for block in net.analysis:
         h, _ = _run(block, h, anchors, forcing, cfg=cfg)

@@ -57,6 +57,7 @@ class Tokens:
       age: [..., N] hours before the end of the window.
       latitude, longitude, height, view_angle: [..., N].
       near: nearest anchors, [..., N, k] and [..., N].
+      error: [..., N, V] stated errors in the same standard deviations, 0 where none is stated; None where nobody asks.
     """
 
     value: Param
@@ -68,6 +69,7 @@ class Tokens:
     height: Param
     view_angle: Param
     near: Neighbourhood
+    error: Param = None
 
 
 class Record:
@@ -97,10 +99,12 @@ class Record:
             z, sd = standardise({s.sensor: normals[s.sensor]}, {s.sensor: r})[s.sensor]
             order = np.argsort(r.time, kind="stable")
             view = np.zeros(len(r)) if r.view_angle is None else r.view_angle
+            error = np.zeros_like(z) if r.error is None else np.nan_to_num(r.error / sd).astype(np.float32)
             self._parts[s.sensor] = {
                 "time": r.time[order],
                 "value": z[order],
                 "deviation": sd[order],
+                "error": error[order],
                 "platform": r.platform[order],
                 **{
                     name: np.asarray(x, np.float32)[order]
@@ -143,6 +147,7 @@ class Record:
             pad(np.where(mask, value, 0.0).astype(np.float32)), pad(mask, False), pad(p["deviation"][rows], 1.0),
             pad(age), lat, lon, height, view,
             nearest(host_place(self.field, lat, lon, height), self.anchors, self.field.neighbours),
+            pad(p["error"][rows]),
         )  # fmt: skip
 
 

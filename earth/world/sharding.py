@@ -52,7 +52,7 @@ def _padded(t: Tokens, extra: int) -> Tokens:
     near = Neighbourhood(filled(t.near.index, -1), filled(t.near.radius2, 0))
     made = {name: filled(getattr(t, name), 0) for name in ("value", "age", "latitude", "longitude", "height")}
     made |= dict(mask=filled(t.mask, False), deviation=filled(t.deviation, 1), view_angle=filled(t.view_angle, 0))
-    return Tokens(**made, near=near)
+    return Tokens(**made, near=near, error=None if t.error is None else filled(t.error, 0))
 
 
 def arrange(tokens: Mapping[str, Tokens], anchors: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,8 @@ class StageConfig:
       keep: share of the reports of the last window that its analysis may read.
       batch: samples of a step.
       remat: recompute each window's work in the backward pass.
+      members: forecasts of each sample, 1 for the deterministic one. More are given noise (`NetworkConfig.noise`) and
+        scored together, by the continuous ranked probability score: they learn to differ as much as they err.
     """
 
     name: str
@@ -60,12 +63,13 @@ class StageConfig:
     keep: float = 0.8
     batch: int = 1
     remat: bool = False
+    members: int = 1
 
     def __post_init__(self):
-        if self.cycles < 1 or self.leads < 0 or self.spin < 0 or self.steps < 1 or self.batch < 1:
+        if min(self.cycles, self.steps, self.batch, self.members) < 1 or self.leads < 0 or self.spin < 0:
             raise ValueError(
-                f"stage {self.name!r}: cycles {self.cycles}, steps {self.steps} and batch {self.batch} start at 1, "
-                f"leads {self.leads} and spin {self.spin} at 0"
+                f"stage {self.name!r}: cycles {self.cycles}, steps {self.steps}, batch {self.batch} and members "
+                f"{self.members} start at 1, leads {self.leads} and spin {self.spin} at 0"
             )
         if not 0 <= self.hide < 1 or not 0 < self.keep <= 1:
             raise ValueError(f"stage {self.name!r}: hide {self.hide} must lie in [0, 1) and keep {self.keep} in (0, 1]")
@@ -179,9 +183,9 @@ def shown(rng: Any, tokens: Mapping[str, Tokens], cfg: WorldConfig, stage: Stage
 
 def run(
     params: Params, tokens: Mapping[str, Tokens], time: Any, given: Mapping[str, Any], *, cfg: WorldConfig, cycles: int,
-    leads: int, spin: int = 0, remat: bool = False,
+    leads: int, spin: int = 0, remat: bool = False, key: Any = None,
 ) -> tuple[Any, Any, Any, Any, list[Mean]]:  # fmt: skip
-    """One chain.
+    """One chain; with a random key that of one member of an ensemble.
 
     Returns:
       (readings before each analysis but the spin's {sensor: [cycles, N, V] pairs}, readings of the last analysis,
@@ -192,17 +196,17 @@ def run(
 
     def cycle(h, x):
         t, end, g = x
-        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network)
+        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network, key=model.part_of(key, 0))
         before = model.read_field(params, h, t, end, cfg=cfg)
         h = network.analyse(
             net, h, anchors, t, g, {k: jax.lax.stop_gradient(v[0]) for k, v in before.items()}, end, cfg=cfg.network,
-            field=cfg.field, sensors=cfg.sensors, step=cfg.step,
+            field=cfg.field, sensors=cfg.sensors, step=cfg.step, key=model.part_of(key, 1),
         )  # fmt: skip
         return h, (before, balance)
 
     def forecast(h, x):
         t, end = x
-        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network)
+        h, balance = network.balanced_step(net, h, anchors, end, cfg=cfg.network, key=model.part_of(key, 0))
         return h, (model.read_field(params, h, t, end, cfg=cfg), balance)
 
     if remat:
@@ -231,8 +235,10 @@ def loss(
     balance: float = 0.01,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Squared error of the mean in standard deviations, and a quarter of the Gaussian likelihood of the spread about
-    it (whose gradient stops at the mean): {objective per sensor and kind}, metrics. With mixtures of experts
-    `balance` times their load-balancing loss, reported as "balance": 1 where all have as much to do.
+    it (whose gradient stops at the mean): {objective per sensor and kind}, metrics. Of several members the fair
+    continuous ranked probability score instead of the square; each gets an error as stated of the report, so that the
+    field need not vary for it. With mixtures of experts `balance` times their load-balancing loss, reported as
+    "balance": 1 where all have as much to do.
     """
     params = Params(fitted, net)
     samples = batch["time"].shape[0]
@@ -242,11 +248,19 @@ def loss(
 
     def one(tokens, time, key):
         given = shown(key, tokens, cfg, stage)
-        before, now, after, _, uneven = run(
-            params, tokens, time, given, cfg=cfg, cycles=stage.cycles, leads=stage.leads, spin=stage.spin,
-            remat=stage.remat,
-        )  # fmt: skip
-        return given, before, now, after, uneven
+
+        def member(key):
+            before, now, after, _, uneven = run(
+                params, tokens, time, given, cfg=cfg, cycles=stage.cycles, leads=stage.leads, spin=stage.spin,
+                remat=stage.remat, key=key,
+            )  # fmt: skip
+            return before, now, after, uneven
+
+        if stage.members == 1:
+            made = jax.tree.map(lambda x: x[None], member(None))
+        else:  # one after the other: gathers with a batch axis are slow
+            made = jax.lax.map(member, jax.random.split(jax.random.fold_in(key, 1), stage.members))
+        return given, *made
 
     if samples == 1:  # gathers with a batch axis are three times as slow on a CPU
         found = one(*jax.tree.map(lambda x: x[0], (batch["tokens"], batch["time"], keys)))
@@ -261,21 +275,30 @@ def loss(
         skip = 0 if b else 1  # the first window from nothing is no forecast
         if stage.cycles > skip:
             own = slice(b + skip, c)
-            parts.append(("before", tuple(x[:, skip:] for x in before[name]), t.value[:, own], t.mask[:, own]))
+            parts.append(("before", tuple(x[:, :, skip:] for x in before[name]), own, t.mask[:, own]))
         hidden = t.mask[:, c - 1] & ~given[name][:, -1][..., None]
-        parts.append(("hidden", now[name], t.value[:, c - 1], hidden))
+        parts.append(("hidden", now[name], c - 1, hidden))
         if stage.leads:
-            parts.append(("after", after[name], t.value[:, c:], t.mask[:, c:]))
-        for kind, (mean, log_spread), value, mask in parts:
-            error = jnp.where(mask, jnp.clip(value, -10.0, 10.0) - mean, 0.0)
-            sd = jnp.clip(log_spread, -4.0, 3.0)
+            parts.append(("after", after[name], slice(c, None), t.mask[:, c:]))
+        for kind, (read, log_spread), where, mask in parts:
+            value, mean = t.value[:, where], read.mean(1)
+            clipped = jnp.clip(value, -10.0, 10.0)
+            error = jnp.where(mask, clipped - mean, 0.0)
+            sd = jnp.clip(log_spread.mean(1), -4.0, 3.0)
             nll = sd + 0.5 * jax.lax.stop_gradient(error) ** 2 * jnp.exp(-2 * sd)
+            if stage.members == 1:
+                score = error**2
+            else:
+                if t.error is not None:
+                    own_key = jax.random.fold_in(rng, zlib.crc32(f"{kind}/{name}".encode()))
+                    read = read + t.error[:, None, where] * jax.random.normal(own_key, read.shape)
+                score = jnp.where(mask, ranked_probability(read, clipped), 0.0)
             weight = s.weight * mask
-            totals.setdefault(kind, []).append(Mean(jnp.sum(weight * (error**2 + 0.25 * nll)), jnp.sum(weight)))
+            totals.setdefault(kind, []).append(Mean(jnp.sum(weight * (score + 0.25 * nll)), jnp.sum(weight)))
             metrics[f"{kind}/{name}"] = [Mean(jnp.sum(mask * error**2), jnp.sum(mask))]
         if stage.leads:
-            _, (mean, _), value, mask = parts[-1]
-            error = jnp.where(mask, value - mean, 0.0) ** 2
+            _, (read, _), where, mask = parts[-1]
+            error = jnp.where(mask, t.value[:, where] - read.mean(1), 0.0) ** 2
             for lead in range(stage.leads):
                 metrics[f"lead{lead + 1}/{name}"] = [Mean(jnp.sum(error[:, lead]), jnp.sum(mask[:, lead]))]
     # every sensor counts by its weight, not by its number of reports
@@ -287,6 +310,15 @@ def loss(
         total, weight = (sum(jnp.sum(getattr(m, part)) for m in uneven) for part in ("total", "weight"))
         objective["balance"], metrics["balance"] = Mean(balance * total, weight), [Mean(total, weight)]
     return objective, {k: v[0] for k, v in metrics.items()}
+
+
+def ranked_probability(members: Any, value: Any) -> Any:
+    """Fair continuous ranked probability score of E > 1 members [S, E, ...] for values [S, ...] (Ferro 2014): its
+    expectation is least for members drawn as the value is, however few they are.
+    """
+    count = members.shape[1]
+    apart = sum(jnp.abs(members[:, i] - members[:, j]) for i in range(count) for j in range(i))
+    return jnp.abs(members - value[:, None]).mean(1) - apart / (count * (count - 1))
 
 
 def _batch_axes() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import pytest
 from scipy.special import sph_harm_y
 
 from earth import forecast as stations
-from earth import geometry
+from earth import geometry, verify
 from earth.neighbours import nearest
 from earth.observations import EmptyWindowError, ObservationError, Reports
 from earth.world import climate as normals
@@ -23,7 +23,7 @@ from earth.world import training as chains
 from earth.world.climate import fit_climate
 from earth.world.denial import denial_matrix
 from earth.world.field import FieldConfig, make_anchors
-from earth.world.forecasts import analyse, forecast, queries
+from earth.world.forecasts import analyse, ensemble, forecast, queries
 from earth.world.inversion import InversionConfig, fit_inversion, invert
 from earth.world.model import Params, Shared, WorldConfig
 from earth.world.network import NetworkConfig
@@ -681,6 +681,63 @@ def test_a_head_on_the_frozen_trunk_learns_a_product(record, trained):
     assert np.std(np.concatenate(error)) < 0.9 * np.std(np.concatenate(wave))
     with pytest.raises(EmptyWindowError, match="'nothing' has no value"):
         fit_inversion(params, record, frame, ["t5", "nothing"], cfg=CFG, icfg=icfg)
+
+
+NOISY = dataclasses.replace(CFG, network=dataclasses.replace(CFG.network, noise=4))
+
+
+def test_the_score_of_members_is_the_fair_one():
+    rng = np.random.default_rng(0)
+    members, value = rng.normal(size=(3, 4, 5)), rng.normal(size=(3, 5))
+    ours = chains.ranked_probability(jnp.asarray(members), jnp.asarray(value))
+    np.testing.assert_allclose(ours, verify.crps_ensemble(members, value, axis=1, fair=True), atol=1e-6)
+
+
+def test_one_key_is_one_course_of_the_atmosphere(params, fitted, window):
+    net = init(jax.random.key(3), network.network_specs(NOISY.network, NOISY.sensors, 0))
+    noisy = Params(fitted, net)
+    start = model.assimilate(noisy, None, window, TIME, cfg=NOISY)
+    a, b = jax.random.split(jax.random.key(0))
+    once = model.advance(noisy, start, 3, cfg=NOISY, key=a)
+    twice = model.advance(noisy, model.advance(noisy, start, 1, cfg=NOISY, key=a), 2, cfg=NOISY, key=a)
+    np.testing.assert_allclose(once.latent, twice.latent, atol=1e-5)
+    for other in (None, b):
+        assert np.abs(once.latent - model.advance(noisy, start, 3, cfg=NOISY, key=other).latent).max() > 1e-3
+    analysed = [model.assimilate(noisy, start, window, TIME, cfg=NOISY, key=key).latent for key in (a, a, b, None)]
+    np.testing.assert_array_equal(analysed[0], analysed[1])
+    assert np.abs(analysed[0] - analysed[2]).max() > 1e-3
+    assert np.abs(analysed[0] - analysed[3]).max() > 1e-3
+    with pytest.raises(ValueError, match="without noise"):
+        model.advance(params, start, 1, cfg=CFG, key=a)
+
+
+@pytest.mark.slow
+def test_members_differ_about_as_much_as_they_err(record, fitted, reports, tmp_path):
+    """Spread beside the error of the mean, against the formula that made the reports."""
+    stages = (STAGE, dataclasses.replace(STAGE, name="members", steps=150, members=2, learning_rate=3e-3))
+    tcfg = TrainConfig(stages, ema=0.9, log_every=10)
+    params = train((record,), fitted, NOISY, tcfg, tmp_path, progress=False)
+    rng = np.random.default_rng(5)
+    lat, lon = sphere(rng, 60)
+    frames = []
+    for init_time in np.datetime64(START, "s") + np.arange(5, 10) * np.timedelta64(86400, "s"):
+        valid = init_time + np.timedelta64(6, "h")
+        frames.append(
+            pd.DataFrame(
+                {
+                    "init_time": init_time, "valid_time": valid, "group": "radiosonde", "variable": "temperature",
+                    "latitude": lat, "longitude": lon, "height": 3000.0, "pressure": np.nan,
+                    "truth": temperature(lat, lon, 3000.0, valid.astype("datetime64[s]").astype(int)),
+                }
+            )
+        )  # fmt: skip
+    frame = pd.concat(frames, ignore_index=True)
+    members = ensemble(params, record, frame, members=8, cycles=2, cfg=NOISY, progress=False)
+    error = np.sqrt(np.mean((members.mean(1) - frame["truth"]) ** 2))
+    spread = np.sqrt(np.mean(members.var(1, ddof=1)) * 9 / 8)
+    climate = np.std(frame["truth"] - frame["truth"].mean())
+    assert error < 0.8 * climate, (error, climate)
+    assert 0.5 < spread / error < 2.0, (spread, error)
 
 
 def test_denial_scores_every_cell_beside_the_climate_and_a_regression(record, reports, trained):
