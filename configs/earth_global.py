@@ -39,7 +39,7 @@ def benchmark() -> WorldConfig:
             SensorConfig("ship", _SURFACE, 120),
         ),
         field=FieldConfig(anchors=512, neighbours=8, reach=20),
-        network=NetworkConfig(),
+        network=NetworkConfig(noise=8),  # for `ensemble_training`; without effect before
         normals=tuple(("radiosonde", name, height) for name in _UPPER for height in (1500.0, 5500.0, 11000.0)),
         # air over land is warmer by day and colder by night: temperature near the ground is each sensor's own
         shared=(Shared(("radiosonde", "aircraft")), Shared(("station", "ship", "scatterometer"), _SURFACE[1:])),
@@ -69,7 +69,7 @@ def _tiny(full: WorldConfig) -> WorldConfig:
     return dataclasses.replace(
         full,
         field=FieldConfig(anchors=64, neighbours=4, reach=8),
-        network=NetworkConfig(width=32, heads=4, key=4, heights=(500.0, 3000.0, 8000.0, 15000.0)),
+        network=NetworkConfig(width=32, heads=4, key=4, heights=(500.0, 3000.0, 8000.0, 15000.0), noise=2),
         step=6.0,
     )
 
@@ -81,6 +81,11 @@ def training() -> TrainConfig:
             StageConfig("long", 5000, spin=4, cycles=2, leads=4, learning_rate=1e-3),
         )
     )
+
+
+def ensemble_training() -> TrainConfig:
+    """From a network of `training`: several members of each forecast, which learn to differ as much as they err."""
+    return TrainConfig((StageConfig("members", 2000, spin=4, cycles=2, leads=4, learning_rate=5e-4, members=2),))
 
 
 def statics(latitude: Any, longitude: Any) -> Any:

@@ -14,12 +14,16 @@ saw. Stages:
 - `filter`: an ensemble Kalman filter that owns what the others must learn, the equations, at a coarser truncation: it
   stands for an operational centre (`earth.osse.letkf`);
 - `denial`: which sensor tells of which, beside the climate and a linear regression;
-- `scales`: how much of the truth's variance the model's forecasts have, by scale (mean-squared errors blur).
+- `ensemble`: each model goes on learning with noise and two members; spread beside error, and the ranked probability
+  score beside that of the deterministic forecast with its own spread;
+- `scales`: how much of the truth's variance the model's forecasts have, by scale (mean-squared errors blur), and one
+  member where `ensemble` has run.
 
 OUT keeps each stage's forecasts and models, so that a stage that was killed goes on and one that is finished is not run
 again. It receives table.csv (RMSE per model, group, variable and lead), ratios.csv (over the best statistical
 baseline), limits.csv (lead at which a forecast stops beating climatology), counts.csv (what the filter read),
-denial.csv, scales.csv, and figures rmse.png, denial.png, scales.png.
+denial.csv, ensemble.csv, scales.csv, and figures rmse.png, denial.png, ensemble.png,
+scales.png.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -40,7 +45,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the presets are not installed
 
 from configs import earth_global, osse_global
-from earth import world
+from earth import verify, world
 from earth.baselines import globe
 from earth.export import appearing_complete
 from earth.geometry import standard_height
@@ -56,10 +61,10 @@ from earth.osse.verification import (
     skill_limits,
     targets,
 )
-from earth.report import STYLE, skill_by_group
+from earth.report import PALETTE, STYLE, skill_by_group
 from earth.scales import compare_scales, even_points
 
-STAGES = ("world", "baselines", "filter", "denial", "scales")
+STAGES = ("world", "baselines", "filter", "denial", "ensemble", "scales")
 SOUNDERS = ("simulated_amsua", "simulated_atms")
 DENIAL = {  # rows of the matrix
     "stations": ("station",),
@@ -88,6 +93,8 @@ class Plan:
     protocol: VerificationConfig
     model: world.WorldConfig
     training: world.TrainConfig
+    ensemble: world.TrainConfig  # goes on from there
+    members: int
     cycles: int  # windows of an analysis, as many as the last stage trains with
     reports: float  # of a window when forecasting, over those of training
     baselines: globe.GlobeConfig
@@ -107,6 +114,8 @@ def full() -> Plan:
         protocol=VerificationConfig(warm_up_hours=240),
         model=earth_global.benchmark(),
         training=earth_global.training(),
+        ensemble=earth_global.ensemble_training(),
+        members=10,
         cycles=6,
         reports=3.0,
         baselines=globe.GlobeConfig(),
@@ -127,6 +136,8 @@ def tiny() -> Plan:
         protocol=VerificationConfig(warm_up_hours=24, leads=(6, 12, 24)),
         model=earth_global.benchmark_tiny(),
         training=world.TrainConfig((world.StageConfig("short", 4, cycles=2, leads=1),), checkpoint_every=2),
+        ensemble=world.TrainConfig((world.StageConfig("members", 2, cycles=2, leads=1, members=2),)),
+        members=3,
         cycles=2,
         reports=1.0,
         baselines=globe.GlobeConfig(
@@ -242,6 +253,64 @@ def deny(experiment: Experiment) -> None:
     denial_figure(table).savefig(experiment.out / "denial.png")
 
 
+def fit_members(experiment: Experiment, seed: int, known: dict[str, Any]) -> world.Params:
+    """One model that has learned to be an ensemble."""
+    plan, start = experiment.plan, fit_world(experiment, seed, known)
+    config = dataclasses.replace(plan.ensemble, seed=seed)
+    directory = experiment.out / f"members-{seed}"
+    return world.train((known["train"],), start.fitted, plan.model, config, directory, start=start.network)
+
+
+def measure_ensemble(experiment: Experiment, wanted: pd.DataFrame) -> None:
+    """Spread and error of the ensemble's mean; ranked probability scores of members and of the deterministic forecast.
+    Every third initial time.
+    """
+    plan, known = experiment.plan, dict[str, Any]()
+    inits = np.unique(wanted["init_time"])[::3]
+    asked: Any = wanted[wanted["init_time"].isin(list(inits))].reset_index(drop=True)
+    parts = []
+    for seed in experiment.seeds:
+        path = experiment.out / f"members-{seed}.parquet"
+        if not path.exists():
+            params = fit_members(experiment, seed, known)
+            options = {"cycles": plan.cycles, "cfg": plan.model, "tokens": tokens(plan)}
+            record = test_record(experiment, known)
+            alone = world.forecast(fit_world(experiment, seed, known), record, asked, **options)
+            members = world.ensemble(params, record, asked, members=plan.members, **options)
+            columns = {f"member_{i}": x for i, x in enumerate(members.T)}
+            keep(path, {"mean": alone[0], "spread": alone[1], **columns})
+        made: Any = pd.read_parquet(path)
+        members = made.filter(like="member_").to_numpy()
+        truth = asked["truth"].to_numpy()
+        parts.append(
+            asked[["group", "variable", "lead_time"]].assign(
+                seed=seed,
+                crps=verify.crps_ensemble(members, truth, axis=1),
+                crps_deterministic=verify.crps_gaussian(made["mean"], made["spread"], truth),
+                square=(members.mean(1) - truth) ** 2,
+                square_deterministic=(made["mean"] - truth) ** 2,
+                # of M members: unbiased, and as the error of a mean of M (Fortin et al. 2014)
+                variance=members.var(1, ddof=1) * (1 + 1 / plan.members),
+            )
+        )
+    keys = ["group", "variable", "lead_time", "seed"]
+    mean: Any = pd.concat(parts).groupby(keys, sort=False).mean()
+    table = pd.DataFrame(
+        {
+            "rmse": np.sqrt(mean["square"]),
+            "rmse_deterministic": np.sqrt(mean["square_deterministic"]),
+            "spread": np.sqrt(mean["variance"]),
+            "crps": mean["crps"],
+            "crps_deterministic": mean["crps_deterministic"],
+        }
+    ).reset_index()
+    with appearing_complete(experiment.out / "ensemble.csv", overwrite=True) as temporary:
+        table.to_csv(temporary, index=False)
+    table["spread / error"] = table["spread"] / table["rmse"]
+    print(table.pivot_table(index=["group", "variable"], columns="lead_time", values="spread / error", sort=False))
+    spread_figure(table).savefig(experiment.out / "ensemble.png")
+
+
 def measure_scales(experiment: Experiment, wanted: pd.DataFrame) -> None:
     """Spectra of departures from the normal, forecast and true, at every lead that is whole steps."""
     plan, known = experiment.plan, dict[str, Any]()
@@ -252,30 +321,36 @@ def measure_scales(experiment: Experiment, wanted: pd.DataFrame) -> None:
     ahead = [0, *(lead for lead in plan.protocol.leads if lead % plan.model.step == 0)]
     parts = []
     for seed in experiment.seeds:
-        params = fit_world(experiment, seed, known)
+        models: list[tuple[str, world.Params, Any]] = [("deterministic", fit_world(experiment, seed, known), None)]
+        if (experiment.out / f"members-{seed}").exists():
+            models.append(("one member", fit_members(experiment, seed, known), jax.random.key(seed)))
         record = test_record(experiment, known)
-        found: dict[Any, list[Any]] = {}
-        for init in inits:
-            state = world.analyse(params, record, init, cycles=plan.cycles, cfg=plan.model, tokens=tokens(plan))
-            for before, lead in itertools.pairwise([0, *ahead]):
-                state = world.advance(params, state, round((lead - before) / plan.model.step), cfg=plan.model)
-                for sensor, variable, pressure in SCALES:
-                    height = ground if pressure is None else standard_height(np.full(len(latitude), pressure))
-                    made, _, usual = world.sample(params, state, sensor, latitude, longitude, height, cfg=plan.model)
-                    column = plan.model.sensor(sensor).variables.index(variable)
-                    level = {} if pressure is None else {"pressure": pressure}
-                    valid = init + np.timedelta64(lead, "h")
-                    exact = query(truth, [variable], valid, latitude, longitude, **level)[variable]
-                    pair = np.stack([made[:, column], exact]) - usual[:, column]
-                    found.setdefault((variable, pressure, lead), []).append(pair)
-        for (variable, pressure, lead), pairs in found.items():
-            made, exact = np.stack(pairs, 1)
-            spectra = compare_scales(made, exact, latitude, longitude, DEGREE)
-            parts.append(
-                pd.DataFrame(spectra).assign(
-                    degree=np.arange(DEGREE + 1), seed=seed, variable=variable, pressure=pressure, lead_time=lead
+        for name, params, key in models:
+            found: dict[Any, list[Any]] = {}
+            for init in inits:
+                state = world.analyse(
+                    params, record, init, cycles=plan.cycles, cfg=plan.model, tokens=tokens(plan), key=key
                 )
-            )
+                for before, lead in itertools.pairwise([0, *ahead]):
+                    state = world.advance(
+                        params, state, round((lead - before) / plan.model.step), cfg=plan.model, key=key
+                    )
+                    for sensor, variable, pressure in SCALES:
+                        height = ground if pressure is None else standard_height(np.full(len(latitude), pressure))
+                        read, _, usual = world.sample(
+                            params, state, sensor, latitude, longitude, height, cfg=plan.model
+                        )
+                        column = plan.model.sensor(sensor).variables.index(variable)
+                        level = {} if pressure is None else {"pressure": pressure}
+                        valid = init + np.timedelta64(lead, "h")
+                        exact = query(truth, [variable], valid, latitude, longitude, **level)[variable]
+                        pair = np.stack([read[:, column], exact]) - usual[:, column]
+                        found.setdefault((variable, pressure, lead), []).append(pair)
+            for (variable, pressure, lead), pairs in found.items():
+                made, exact = np.stack(pairs, 1)
+                labels = {"seed": seed, "model": name, "variable": variable, "pressure": pressure, "lead_time": lead}
+                spectra = compare_scales(made, exact, latitude, longitude, DEGREE)
+                parts.append(pd.DataFrame(spectra).assign(degree=np.arange(DEGREE + 1), **labels))
     table = pd.concat(parts, ignore_index=True)
     with appearing_complete(experiment.out / "scales.csv", overwrite=True) as temporary:
         table.to_csv(temporary, index=False)
@@ -401,22 +476,54 @@ def denial_figure(table: pd.DataFrame) -> Figure:
 
 
 def scales_figure(table: pd.DataFrame) -> Figure:
-    """Variance of forecasts over the truth's by degree, a panel per variable, a line per lead, mean over seeds."""
-    panels: Any = list(table.groupby(["variable", "pressure"], sort=False, dropna=False))
+    """Variance of forecasts over the truth's by degree: rows of models, columns of variables, a line per lead; over all
+    seeds.
+    """
+    names = [str(name) for name in dict.fromkeys(table["model"])]
+    columns = list(dict.fromkeys(zip(table["variable"], table["pressure"].fillna(0.0), strict=True)))
+    leads = sorted(set(table["lead_time"]))
     with matplotlib.rc_context(STYLE):
-        out = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
-        for axis, ((variable, pressure), part) in zip(out.subplots(1, len(panels), sharey=True), panels, strict=True):
-            leads = sorted(set(part["lead_time"]))
-            for i, lead in enumerate(leads):
-                own = part[part["lead_time"] == lead].groupby("degree")[["forecast", "truth"]].mean()
-                colour = matplotlib.colormaps["viridis"](i / max(len(leads) - 1, 1))
-                axis.plot(own.index, own["forecast"] / own["truth"], color=colour, label=f"{lead} h")
-            place = "near the ground" if np.isnan(pressure) else f"at {pressure / 100:g} hPa"
-            name = str(variable).removeprefix("lowest_level_").replace("_component_of_wind", "-wind")
-            axis.set(title=f"{name} {place}", xlabel="degree of spherical harmonic", ylim=(0, 1.5))
+        out = Figure(figsize=(3.4 * len(columns), 0.5 + 2.6 * len(names)), layout="constrained")
+        axes = out.subplots(len(names), len(columns), sharex=True, sharey=True, squeeze=False)
+        for (i, name), (j, (variable, pressure)) in itertools.product(enumerate(names), enumerate(columns)):
+            axis: Any = axes[i, j]
+            own: Any = table[(table["model"] == name) & (table["variable"] == variable)]
+            own = own[own["pressure"].fillna(0.0) == pressure]
+            for k, lead in enumerate(leads):
+                mean = own[own["lead_time"] == lead].groupby("degree")[["forecast", "truth"]].mean()
+                colour = matplotlib.colormaps["viridis"](k / max(len(leads) - 1, 1))
+                axis.plot(mean.index, mean["forecast"] / mean["truth"], color=colour, label=f"{lead} h")
+            place = f"{pressure / 100:g} hPa" if pressure else "ground"
+            short = variable.removeprefix("lowest_level_").replace("_component_of_wind", "-wind")
+            axis.set(title=f"{name}: {short}, {place}", ylim=(0, 1.5))
             axis.axhline(1.0, color="black", lw=0.8)
-        out.axes[0].set_ylabel("variance over the truth's")
-        out.axes[0].legend(title="lead", ncols=2)
+        for axis in axes[-1]:
+            axis.set_xlabel("degree of spherical harmonic")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("variance over the truth's")
+        axes[0, 0].legend(title="lead", ncols=2)
+    return out
+
+
+def spread_figure(table: pd.DataFrame) -> Figure:
+    """Spread of the members beside the error of their mean by lead, a panel per group and variable."""
+    panels: Any = list(table.groupby(["group", "variable"], sort=False))
+    with matplotlib.rc_context(STYLE):
+        out = Figure(figsize=(11, 5.2), layout="constrained")
+        axes = out.subplots(2, 4).ravel()
+        for axis, ((group, variable), part) in zip(axes, panels, strict=False):
+            factor = 0.01 if variable == "surface_pressure" else 1.0
+            mean = part.groupby("lead_time")[["rmse", "spread", "rmse_deterministic"]].mean() * factor
+            axis.plot(mean.index, mean["rmse"], color=PALETTE[0], marker="o", ms=4, label="error of the members' mean")
+            axis.plot(mean.index, mean["spread"], color=PALETTE[1], marker="s", ms=4, label="spread of the members")
+            axis.plot(mean.index, mean["rmse_deterministic"], color=PALETTE[6], ls="--", label="deterministic error")
+            short = variable.removeprefix("lowest_level_").replace("_component_of_wind", "")
+            unit = "hPa" if "pressure" in variable else "K" if "temp" in variable else "m s⁻¹"
+            axis.set(title=f"{group}: {short} ({unit})", ylim=(0, None), xlabel="lead time (h)")
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        handles, labels = axes[0].get_legend_handles_labels()
+        out.legend(handles, labels, loc="outside lower center", ncols=3)
     return out
 
 
@@ -451,6 +558,7 @@ def main(arguments: list[str] | None = None) -> int:
         "baselines": lambda: forecast_baselines(experiment, wanted),
         "filter": lambda: forecast_filter(experiment, wanted),
         "denial": lambda: deny(experiment),
+        "ensemble": lambda: measure_ensemble(experiment, wanted),
         "scales": lambda: measure_scales(experiment, wanted),
     }
     for name in given.stages:
