@@ -280,9 +280,8 @@ def test_one_expert_is_a_gated_mlp(fitted):
     block = dataclasses.replace(block, out=jax.tree.map(jnp.zeros_like, block.out))
     h = np.random.default_rng(0).normal(size=(48, 16))
     time = model.window_end(END)
-    got = network.step(
-        dataclasses.replace(net, dynamics=[block]), jnp.asarray(h, jnp.float32), fitted.anchors, time, cfg=cfg
-    )
+    once = jax.jit(functools.partial(network.step, cfg=cfg))
+    got = once(dataclasses.replace(net, dynamics=[block]), jnp.asarray(h, jnp.float32), fitted.anchors, time)
 
     def norm(x):
         x = x - x.mean(-1, keepdims=True)
