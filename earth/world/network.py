@@ -15,8 +15,9 @@ Shapes: N reports, V variables of a sensor, M anchors, D width, H heads, K key w
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -41,6 +42,8 @@ PLACE = 9  # of a report: height (5), latitude (2), solar time (2)
 AGE = 2
 METADATA = 14
 _VERTICAL = 5  # of those that vary with height
+CHUNK = 16_384
+"""Reports of a sensor read at a time on one device: what lies between is some 5 kB a report at width 96."""
 _CLIP = 8.0
 
 
@@ -437,24 +440,37 @@ def read(
     Args:
       profile: [Z] standard deviation of temperature at the heights, K: the unit of the profile that radiometers weigh.
     """
-    out = {}
-    for s in sensors:
-        t, sense = tokens[s.sensor], net.senses[s.sensor]
+
+    def of_sensor(s: SensorConfig, t: Tokens) -> tuple[Any, Any]:
+        form = net.senses[s.sensor].form
         column = read_column(net, h, anchors, t, cfg=cfg, field=field)
         about, age = about_report(t, end, step)
-        form = sense.form
         if isinstance(form, Direct):
             x = hidden_layer(net, column, about, age) + form.kind
-            out[s.sensor] = (apply(form.mean, x), apply(form.spread, x))
-            continue
+            return apply(form.mean, x), apply(form.spread, x)
         meta, _ = metadata(s)
         weights = weighting(form, s, t.view_angle, cfg=cfg)  # [N, V, Z]
         temperature = _profile(net, hidden_layer(net, column, about, age), cfg) * profile  # [N, Z]
         mean = jnp.einsum("nvz,nz->nv", weights, temperature) / t.deviation
         w, b = jnp.split(apply(form.residual, meta), [cfg.width], -1)
         r, c = jnp.split(apply(form.spread, meta), [cfg.width], -1)
-        out[s.sensor] = (mean + column @ w.T + b[:, 0], column @ r.T + c[:, 0])
-    return out
+        return mean + column @ w.T + b[:, 0], column @ r.T + c[:, 0]
+
+    return {s.sensor: _in_chunks(functools.partial(of_sensor, s), tokens[s.sensor]) for s in sensors}
+
+
+def _in_chunks(read: Callable[[Tokens], Any], t: Tokens) -> Any:
+    """`read` of so many reports at a time on one device; all at once where they are few, or split over a mesh."""
+    n = t.age.shape[0]
+    if n <= CHUNK or current_rules() is not None:
+        return read(t)
+
+    def cut(x: Any) -> Any:
+        x = jnp.pad(x, ((0, -n % CHUNK), *[(0, 0)] * (x.ndim - 1)), mode="edge")  # the last report again
+        return x.reshape(-1, CHUNK, *x.shape[1:])
+
+    found = jax.lax.map(read, jax.tree.map(cut, t))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
 
 
 def _profile(net: Network, x: Any, cfg: NetworkConfig) -> Any:

@@ -277,9 +277,8 @@ def test_one_expert_is_a_gated_mlp(fitted):
     block = dataclasses.replace(block, out=jax.tree.map(jnp.zeros_like, block.out))
     h = np.random.default_rng(0).normal(size=(48, 16))
     time = model.window_end(END)
-    got = network.step(
-        dataclasses.replace(net, dynamics=[block]), jnp.asarray(h, jnp.float32), fitted.anchors, time, cfg=cfg
-    )
+    once = jax.jit(functools.partial(network.step, cfg=cfg))
+    got = once(dataclasses.replace(net, dynamics=[block]), jnp.asarray(h, jnp.float32), fitted.anchors, time)
 
     def norm(x):
         x = x - x.mean(-1, keepdims=True)
@@ -355,3 +354,21 @@ def test_gradients_and_balance_of_a_mixture(fitted, mesh, sparse_batch):
     np.testing.assert_allclose(spread, loss, rtol=2e-6)
     close(aux, (parts, metrics), 2e-6)
     close(found, slope, 2e-5)
+
+
+def test_reading_in_chunks_is_reading_at_once(fitted, net, monkeypatch):
+    """41 and 51 reports, 16 at a time: values and gradients, the repeated last report without a trace."""
+    rng = np.random.default_rng(8)
+    params, tokens = Params(fitted, net), {s.sensor: window(rng, s) for s in CFG.sensors}
+    h = jnp.asarray(rng.normal(size=(48, 16)), jnp.float32)
+
+    def read(net, h):
+        found = model.read_field(params.replace(network=net), h, tokens, model.window_end(END), cfg=CFG)
+        return sum(jnp.sum(jnp.sin(mean) + spread) for mean, spread in found.values()), found
+
+    graded = jax.value_and_grad(read, (0, 1), has_aux=True)
+    whole = jax.jit(lambda *a: graded(*a))(net, h)
+    monkeypatch.setattr(network, "CHUNK", 16)
+    parts = jax.jit(lambda *a: graded(*a))(net, h)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
