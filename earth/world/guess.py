@@ -212,12 +212,12 @@ def _features(
     if cfg.nearby:
         if near is None:
             raise ObservationError(f"nearby = {cfg.nearby} needs the nearest reports; pass near")
-        parts.append(_nearby(value, near))
+        parts.append(means_nearby(value, near))
         owners.append(np.stack([np.arange(width)] * 2, -1))
     return np.concatenate(parts, -1), np.concatenate(owners)
 
 
-def _nearby(value: np.ndarray, near: np.ndarray) -> np.ndarray:
+def means_nearby(value: np.ndarray, near: np.ndarray) -> np.ndarray:
     """[n, V] means over the rows `near` [n, k] (-1 for none) that are finite; a report's own value without any."""
     beside = np.where((near >= 0)[..., None], value[near], np.nan)
     known = np.isfinite(beside)

@@ -39,9 +39,9 @@ from earth.layers import Dense, apply, dense
 from earth.neighbours import nearest
 from earth.observations import EmptyWindowError, ObservationError, Reports
 from earth.world import network
-from earth.world.climate import Climate, climate, fit_climate, standardise
+from earth.world.climate import Climate, climate, fit_climate
 from earth.world.field import Anchors, FieldConfig
-from earth.world.guess import KrigingConfig, Ridge, RidgeConfig, fit_ridge, krige
+from earth.world.guess import KrigingConfig, Ridge, RidgeConfig, fit_ridge, krige, means_nearby
 from earth.world.guess import guess as guess_from_others
 from earth.world.model import window_end
 from earth.world.network import Direct, Network, NetworkConfig
@@ -52,6 +52,7 @@ from moe.training import Mean
 
 _FAR = 1e4  # of anchors that are not there, in lengths
 _CLIP = 8.0
+_BLOCK = 40_000
 _LEAST = 1e-3  # of a first guess's deviation, in standard deviations
 
 
@@ -197,24 +198,30 @@ def specs(cfg: SnapshotConfig) -> Reading:
     return Reading(**parts | {"senses": senses}, told=told)
 
 
-def fit(reports: Mapping[str, Reports], cfg: SnapshotConfig, *, seed: int = 0) -> Fitted:
+def fit(
+    reports: Mapping[str, Reports], cfg: SnapshotConfig, *, normals: Mapping[str, Climate] | None = None, seed: int = 0
+) -> Fitted:
     """Normals and first guesses from training reports, which hold nothing that is to be predicted.
+
+    Args:
+      normals: those of an earlier fit, to compare first guesses about the same ones.
 
     Raises:
       ObservationError: no reports of a sensor, a variable that is unknown or without values.
     """
-    normals, ridges = {}, {}
+    found, ridges = dict(normals or {}), {}
     for s in cfg.sensors:
         r = select(reports, s)
-        normals[s.sensor] = jax.tree.map(
-            jnp.asarray, fit_climate(r, sites=False, rows=min(cfg.normal_rows, len(r)), seed=seed)
-        )
+        if s.sensor not in found:
+            fitted = fit_climate(r, sites=False, rows=min(cfg.normal_rows, len(r)), seed=seed)
+            found[s.sensor] = jax.tree.map(jnp.asarray, fitted)
         guess = cfg.guess(s.sensor)
         if isinstance(guess, RidgeConfig):
-            z = standardise({s.sensor: normals[s.sensor]}, {s.sensor: r})[s.sensor][0].astype(np.float64)
+            normal, sd = _normal(found[s.sensor], r)
+            z = (r.values - normal) / sd
             near = _near(_place(cfg, r), guess.nearby)
             ridges[s.sensor] = fit_ridge(guess, z, about(r.latitude, r.longitude, _view(r), _time(r)), near)
-    return Fitted(normals, ridges)
+    return Fitted(found, ridges)
 
 
 def about(latitude: Any, longitude: Any, view_angle: Any, time: Any) -> np.ndarray:
@@ -263,10 +270,10 @@ class Scenes:
         self.end = window_end(last)
         self.parts: dict[str, dict[str, Any]] = {}
         for name, r in chosen.items():
-            z, sd = standardise(fitted.normals, {name: r})[name]
             view = _view(r)
+            normal, sd = _normal(fitted.normals[name], r)
             self.parts[name] = {
-                "value": z.astype(np.float64), "deviation": sd, "platform": r.platform,
+                "value": (r.values - normal) / sd, "normal": normal, "deviation": sd, "platform": r.platform,
                 "age": ((last - r.time) / 3600.0).astype(np.float32),
                 "latitude": r.latitude, "longitude": r.longitude, "height": r.height, "view_angle": view,
                 "about": about(r.latitude, r.longitude, view, _time(r)), "place": _place(cfg, r),
@@ -313,7 +320,7 @@ class Scenes:
             pad = functools.partial(_pad, count=s.tokens)
             known = np.isfinite(p["value"])
             seen = known & shown[name]
-            mean, deviation = self._guess(name, p, seen)
+            mean, deviation = self.guess(name, p, seen)
             near = nearest(p["place"], tree, cfg.field.neighbours)
             out["tokens"][name] = Tokens(
                 pad(np.where(seen, p["value"], 0.0)), pad(seen), pad(p["deviation"], fill=1.0), pad(p["age"]),
@@ -326,14 +333,24 @@ class Scenes:
             out["hidden"][name] = pad(known & ~seen & core[:, None])
         return out | {"anchors": anchors, "time": self.end}
 
-    def _guess(self, name: str, p: Mapping[str, Any], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def guess(
+        self, name: str, p: Mapping[str, Any], seen: np.ndarray, *, apart: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, deviation) [N, V] of every value of the reports `p` from the others that are `seen`."""
         cfg = self.cfg.guess(name)
         value = np.where(seen, p["value"], 0.0)
         if isinstance(cfg, RidgeConfig):
             return guess_from_others(self.fitted.ridges[name], value, seen, p["about"], _near(p["place"], cfg.nearby))
         if isinstance(cfg, KrigingConfig):
-            return krige(cfg, p["latitude"], p["longitude"], p["height"], value, seen)
+            return krige(cfg, p["latitude"], p["longitude"], p["height"], value, seen, group=apart)
         return np.zeros_like(value), np.ones_like(value)
+
+    def features(self, name: str, nearby: int = 8) -> np.ndarray:
+        """[n, 2 V + 5] what a regression of any kind may be given of each report: its anomalies, NaN missing, what it
+        is told beside them (`about`), and their means over the nearest reports.
+        """
+        p = self.parts[name]
+        return np.concatenate([p["value"], p["about"], means_nearby(p["value"], _near(p["place"], nearby))], -1)
 
     def _anchors(self, latitude: np.ndarray, longitude: np.ndarray, height: np.ndarray) -> tuple[Anchors, np.ndarray]:
         """(anchors at places, padded with ones that are out of everyone's reach; their place in float64)."""
@@ -473,6 +490,50 @@ def train(
     return Params(fitted, state.ema_params)
 
 
+def _without(
+    reports: Mapping[str, Reports], hidden: Mapping[str, np.ndarray], cfg: SnapshotConfig
+) -> dict[str, Reports]:
+    for name, mask in hidden.items():
+        width = next((len(s.variables) for s in cfg.sensors if s.sensor == name), None)
+        if width is None:
+            raise ObservationError(f"hidden names {name!r}; the sensors are {[s.sensor for s in cfg.sensors]}")
+        if np.shape(mask) != (len(reports[name]), width):
+            raise ObservationError(
+                f"hidden[{name!r}] has shape {np.shape(mask)}, not {(len(reports[name]), width)}: a row for each "
+                "report and a column for each of the config's variables"
+            )
+    blank = {}
+    for s in cfg.sensors:
+        r = select(reports, s)
+        values = np.where(hidden[s.sensor], np.nan, r.values) if s.sensor in hidden else r.values
+        blank[s.sensor] = dataclasses.replace(r, values=values)
+    if not any(np.isfinite(r.values).any() for r in blank.values()):
+        raise EmptyWindowError("everything there is is hidden; leave something to predict it from")
+    return blank
+
+
+def first_guess(
+    fitted: Fitted, reports: Mapping[str, Reports], hidden: Mapping[str, np.ndarray], *, cfg: SnapshotConfig,
+    apart: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """The first guess alone, from all reports at once: what a network has to beat.
+
+    Args:
+      reports, hidden: as for `reconstruct`.
+      apart: {sensor: [n] labels}: kriging leaves a report's own label out (a sounding without its own levels).
+
+    Returns:
+      {sensor: (mean, standard deviation) [n, V]}, SI: also of values that are not hidden, each without itself.
+    """
+    scenes = Scenes(_without(reports, hidden, cfg), fitted, cfg)
+    out = {}
+    for name in hidden:
+        p = scenes.parts[name]
+        mean, deviation = scenes.guess(name, p, np.isfinite(p["value"]), apart=(apart or {}).get(name))
+        out[name] = (p["normal"] + p["deviation"] * mean, p["deviation"] * deviation)
+    return out
+
+
 @functools.cache
 def _jitted(cfg: SnapshotConfig) -> Any:
     return jax.jit(functools.partial(predict, cfg=cfg))
@@ -496,23 +557,7 @@ def reconstruct(
     Raises:
       ObservationError: hidden that does not fit the reports, or leaves nothing to read.
     """
-    for name, mask in hidden.items():
-        width = next((len(s.variables) for s in cfg.sensors if s.sensor == name), None)
-        if width is None:
-            raise ObservationError(f"hidden names {name!r}; the sensors are {[s.sensor for s in cfg.sensors]}")
-        if np.shape(mask) != (len(reports[name]), width):
-            raise ObservationError(
-                f"hidden[{name!r}] has shape {np.shape(mask)}, not {(len(reports[name]), width)}: a row for each "
-                "report and a column for each of the config's variables"
-            )
-    blank = {}
-    for s in cfg.sensors:
-        r = select(reports, s)
-        values = np.where(hidden[s.sensor], np.nan, r.values) if s.sensor in hidden else r.values
-        blank[s.sensor] = dataclasses.replace(r, values=values)
-    if not any(np.isfinite(r.values).any() for r in blank.values()):
-        raise EmptyWindowError("everything there is is hidden; leave something to predict it from")
-    scenes = Scenes(blank, params.fitted, cfg)
+    scenes = Scenes(_without(reports, hidden, cfg), params.fitted, cfg)
     out = {name: np.full((2, *np.shape(mask)), np.nan) for name, mask in hidden.items()}
     for batch, rows, answered in _cover(scenes, hidden, seed):
         found = _jitted(cfg)(params.network, batch)
@@ -521,8 +566,7 @@ def reconstruct(
             mean, deviation, departure, spread = (
                 np.asarray(x)[: len(chosen)][chosen] for x in (*batch["guess"][name], *found[name])
             )
-            p = scenes.parts[name]
-            normal, sd = _normal(params.fitted.normals[name], p, own, scenes.end)
+            normal, sd = (scenes.parts[name][k][own] for k in ("normal", "deviation"))
             wanted = hidden[name][own]
             out[name][0, own] = np.where(wanted, normal + sd * (mean + deviation * departure), np.nan)
             spread = np.exp(np.clip(spread, -4.0, 3.0))
@@ -530,11 +574,14 @@ def reconstruct(
     return {name: (x[0], x[1]) for name, x in out.items()}
 
 
-def _normal(normal: Climate, p: Mapping[str, Any], rows: np.ndarray, end: Any) -> tuple[np.ndarray, np.ndarray]:
-    time = np.int32(end - np.round(p["age"][rows] * 3600.0).astype(np.int32))
-    at: Any = [np.float32(p[k][rows]) for k in ("latitude", "longitude", "height", "view_angle")]
-    mean, sd = climate(normal, at[0], at[1], at[2], at[3], time)
-    return np.asarray(mean), np.asarray(sd)
+def _normal(normal: Climate, r: Reports) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation) [n, V] at reports, SI, in blocks."""
+    out = np.zeros((2, *r.values.shape))
+    for start in range(0, len(r), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        at: Any = [np.float32(x[rows]) for x in (r.latitude, r.longitude, r.height, _view(r))]
+        out[0, rows], out[1, rows] = climate(normal, at[0], at[1], at[2], at[3], _time(r)[rows])
+    return out[0], out[1]
 
 
 def _cover(

@@ -1,0 +1,510 @@
+"""Real observations, held out and predicted: sounder channels, airports, radiosonde levels and stations.
+
+    python examples/real_snapshots.py --data DIR --out OUT [--parts hirs metar sondes] [--tiny]
+
+hirs    One orbit of an infrared sounder. Segments of scan lines are held out of everything; there one channel at a time
+        is hidden and predicted from the other channels of the segment, beside ridge regression and gradient boosting.
+metar   Reports of airports around the globe. Temperature at held-out airports, beside lapse rate + inverse distance,
+        and kriging with a drift in height.
+sondes  Soundings of one time. Temperature at hidden levels between the given ones of a sounding, and of held-out
+        soundings as a whole, beside kriging with a drift in height.
+
+The model is `earth.world.snapshot`: departures from a first guess in closed form, itself one of the baselines. All
+choices of the baselines are made by validation inside the training part of every hold-out, and the first guess of the
+model is what they come to. OUT receives PART.csv (target, model, RMSE and mean absolute error with 90 % intervals by a
+bootstrap over blocks in space, ratio to the best baseline) and PART.png. `--tiny` shrinks everything to a check that it
+runs; its scores mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+from earth import report
+from earth.baselines.spatial import interpolate
+from earth.observations import ObservationError, Reports
+from earth.readers import read_stations
+from earth.verify import resampling_weights
+from earth.world import NetworkConfig, SensorConfig
+from earth.world.climate import columns
+from earth.world.guess import KrigingConfig, RidgeConfig
+from earth.world.snapshot import (
+    Fitted,
+    SceneField,
+    Scenes,
+    SnapshotConfig,
+    SnapshotTrainConfig,
+    first_guess,
+    fit,
+    reconstruct,
+    train,
+)
+from moe.training import DivergedError
+
+FILES = {
+    "hirs": "hirs_metop_orbit_20181122.parquet",
+    "metar": "metar_global_2020100106.parquet",
+    "sondes": "pdbufr_temp.parquet",
+}
+OURS = "earth.world snapshot"
+CHANNELS = (3, 5, 8, 11, 12, 15, 18)
+LINES, GUARD = 16, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Hold-outs, model seeds of each, steps, reports of a scene, width, trees and bootstrap draws."""
+
+    holdouts: int = 3
+    seeds: int = 2
+    steps: int = 1000
+    tokens: int = 384
+    width: int = 48
+    trees: int = 200
+    draws: int = 2000
+
+
+TINY = Budget(holdouts=1, seeds=1, steps=3, tokens=48, width=16, trees=5, draws=50)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="folder of the files")
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--parts", nargs="+", choices=list(FILES), default=list(FILES))
+    parser.add_argument("--tiny", action="store_true")
+    for name, file in FILES.items():
+        parser.add_argument(f"--{name}", default=file, help="file of this part below the folder (default: %(default)s)")
+    parser.add_argument("--channels", nargs="+", type=int, default=list(CHANNELS), help="of the sounder, to predict")
+    parser.add_argument("--sounder", default="hirs4", help="name in earth.sensors")
+    for field in dataclasses.fields(Budget):
+        parser.add_argument(f"--{field.name}", type=int, help="default: " + str(field.default))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Budget)}
+    budget = dataclasses.replace(TINY if args.tiny else Budget(), **{k: v for k, v in given.items() if v is not None})
+    parts: dict[str, Callable[[], pd.DataFrame]] = {
+        "hirs": lambda: hirs(args.data / args.hirs, args.sounder, args.channels, budget),
+        "metar": lambda: metar(args.data / args.metar, budget),
+        "sondes": lambda: sondes(args.data / args.sondes, budget),
+    }
+    try:
+        missing = [str(args.data / getattr(args, p)) for p in args.parts if not (args.data / getattr(args, p)).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"no {', '.join(missing)}; pass the folder with --data and other names with --{args.parts[0]} NAME, or "
+                "leave parts out with --parts"
+            )
+        args.out.mkdir(parents=True, exist_ok=True)
+        for part in args.parts:
+            errors = parts[part]()
+            scores = table(errors, budget.draws)
+            scores.to_csv(args.out / f".{part}.csv", index=False)
+            (args.out / f".{part}.csv").replace(args.out / f"{part}.csv")
+            errors.to_parquet(args.out / f"{part}_blocks.parquet")
+            print(f"\n{part}\n{scores.round(4).to_string(index=False)}", flush=True)
+            (args.out / f"{part}.png").write_bytes(report.png(picture(scores, TITLES[part])))
+    except (ObservationError, DivergedError, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+def errors_of(target: str, model: str, holdout: int, seed: int, block: np.ndarray, error: np.ndarray) -> pd.DataFrame:
+    """Sums of an error [n] by block: columns target, model, holdout, seed, block, square, absolute, n."""
+    known = np.isfinite(error)
+    frame = pd.DataFrame({"block": block[known], "square": error[known] ** 2, "absolute": np.abs(error[known]), "n": 1})
+    sums = frame.groupby("block", as_index=False).sum()
+    return sums.assign(target=target, model=model, holdout=holdout, seed=seed)
+
+
+def table(errors: pd.DataFrame, draws: int) -> pd.DataFrame:
+    """RMSE and MAE of each target and model, pooled over hold-outs and seeds, with 90 % intervals from resampling
+    blocks, the same ones in all hold-outs and models; `ratio` is RMSE over that of the best baseline of the target, in
+    the same resamples; `spread` the standard deviation of RMSE over hold-outs, `spread_seed` over a hold-out's seeds.
+    """
+    rows = []
+    for target, part in errors.groupby("target", sort=False):
+        blocks = np.unique(part["block"])
+        weights = resampling_weights(len(blocks), draws, 0)
+        sums = {}
+        for model, own in part.groupby("model", sort=False):
+            s = own.groupby("block")[["square", "absolute", "n"]].sum().reindex(blocks, fill_value=0).to_numpy(float)
+            sums[model] = (np.sqrt(s[:, 0].sum() / s[:, 2].sum()), s)
+        baselines = [m for m in sums if not str(m).startswith(OURS)]
+        best = min(baselines, key=lambda m: sums[m][0])
+        drawn = {m: np.sqrt((weights @ s[:, 0]) / np.maximum(weights @ s[:, 2], 1)) for m, (_, s) in sums.items()}
+        for model, (rmse, s) in sums.items():
+            own = part[part["model"] == model]
+            each = own.groupby(["holdout", "seed"])[["square", "n"]].sum()
+            each = np.sqrt(each["square"] / each["n"])
+            mae = (weights @ s[:, 1]) / np.maximum(weights @ s[:, 2], 1)
+            ratio = drawn[model] / np.maximum(drawn[best], 1e-12)
+            low, high = np.quantile(drawn[model], (0.05, 0.95))
+            rows.append(
+                {
+                    "target": target, "model": model, "rmse": rmse, "low": low, "high": high,
+                    "mae": s[:, 1].sum() / s[:, 2].sum(), "mae_low": np.quantile(mae, 0.05),
+                    "mae_high": np.quantile(mae, 0.95), "best": best, "ratio": rmse / sums[best][0],
+                    "ratio_low": np.quantile(ratio, 0.05), "ratio_high": np.quantile(ratio, 0.95),
+                    "spread": each.groupby("holdout").mean().std(ddof=0),
+                    "spread_seed": each.groupby("holdout").std(ddof=0).mean(),
+                    "n": int(s[:, 2].sum() / own["seed"].nunique()), "blocks": len(blocks),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+TITLES = {
+    "hirs": "HIRS/4 channels predicted from the others, K",
+    "metar": "Temperature at held-out airports, K",
+    "sondes": "Radiosonde temperature, K",
+}
+
+
+def picture(scores: pd.DataFrame, title: str) -> Figure:
+    """RMSE with its interval, a panel per target, models from best to worst."""
+    targets = list(dict.fromkeys(scores["target"]))
+    columns = min(4, len(targets))
+    rows = -(-len(targets) // columns)
+    models = list(dict.fromkeys(scores["model"]))
+    colours = dict(zip(models, itertools.cycle(report.PALETTE)))
+    figure = Figure(figsize=(2.7 * columns + 1.2, 0.9 + (0.5 + 0.24 * len(models)) * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, target in zip(axes, targets, strict=False):
+        part = scores[scores["target"] == target].set_index("model")
+        there = [m for m in models if m in part.index]
+        for i, model in enumerate(there):
+            x, low, high = part.loc[model, ["rmse", "low", "high"]].astype(float)
+            axis.plot([low, high], [i, i], color=colours[model], lw=2.0)
+            axis.plot(x, i, "o", color=colours[model], ms=5)
+            axis.annotate(f"{x:.3g}", (x, i), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+        axis.set(title=target, ylim=(len(there) - 0.4, -0.8))
+        axis.set_yticks(range(len(there)), there, fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.3)
+        if axis is not axes[0] and there == [m for m in models if m in set(scores["model"])] and rows * columns > 1:
+            axis.tick_params(labelleft=list(axes).index(axis) % columns == 0)
+    for axis in axes[len(targets) :]:
+        axis.set_visible(False)
+    figure.suptitle(f"{title}: RMSE and 90 % interval", fontsize=10)
+    return figure
+
+
+def boxes(latitude: np.ndarray, longitude: np.ndarray, degrees: float) -> np.ndarray:
+    """Number of the box of each point, about square."""
+    row = np.floor((latitude + 90) / degrees).astype(int)
+    count = np.maximum(1, np.round(360 / degrees * np.cos(np.deg2rad((row + 0.5) * degrees - 90)))).astype(int)
+    return row * 1000 + np.floor((longitude + 180) / 360 * count).astype(int) % count
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.nanmean(np.square(x))))
+
+
+# --------------------------------------------------------------------------------------------------------------- hirs
+def hirs(path: pathlib.Path, sounder: str, channels: Sequence[int], budget: Budget) -> pd.DataFrame:
+    """Errors of channels that are hidden in held-out segments of an orbit."""
+    r = read_stations(path, sensor=sounder).reports
+    r = r.select(variables=[v for v in r.variables if np.isfinite(r.values[:, r.variables.index(v)]).mean() > 0.5])
+    names = [f"brightness_temperature:{c}" for c in channels]
+    names = [n for n in names if n in r.variables] or list(r.variables)
+    line = np.unique(r.time, return_inverse=True)[1]
+    segment = line // LINES
+    out = []
+    for holdout in range(budget.holdouts):
+        rng = np.random.default_rng([11, holdout])
+        order = rng.permutation(np.unique(segment))
+        count = max(1, len(order) // 5)
+        test, validation = np.isin(segment, order[:count]), np.isin(segment, order[count : 2 * count])
+        outer, inner = _clear(line, test), _clear(line, test | validation)
+        known = {sounder: r.take(outer)}
+        cfg = SnapshotConfig(
+            sensors=(SensorConfig(sounder, r.variables, budget.tokens),),
+            field=SceneField(
+                anchors=budget.tokens, length_km=20.0, core=0.6, neighbours=min(8, budget.tokens),
+                reach=min(12, budget.tokens),
+            ),
+            network=NetworkConfig(width=budget.width, heads=8, key=8, dynamics_layers=0),
+        )  # fmt: skip
+        # penalties of the normal and of the regression see the inner part alone while they are compared
+        normals = fit({sounder: r.take(inner)}, cfg).normals
+        grid = [RidgeConfig(d, k, p) for d, k in itertools.product((1, 2), (0, 8)) for p in (1.0, 10.0)]
+        trials = []
+        for choice in grid:
+            trial = _with_guess(cfg, sounder, choice)
+            fitted = fit({sounder: r.take(inner)}, trial, normals=normals)
+            trials.append(_ridge(fitted, r.take(validation), names, trial))
+        relative = np.array([[rms(e) for e in t] for t in trials])
+        relative = relative / relative.min(0)
+        best = grid[int(relative.mean(1).argmin())]
+        linear = [i for i, g in enumerate(grid) if g.degree == 1 and not g.nearby]
+        plain = grid[linear[int(relative[linear].mean(1).argmin())]]
+        cfg = _with_guess(cfg, sounder, best)
+        fitted = fit(known, cfg)
+        where, block = r.take(test), segment[test]
+        scored = {"ridge, own channels": _with_guess(cfg, sounder, plain), "ridge, tuned": cfg}
+        for model, one in scored.items():
+            own = fit(known, one, normals=fitted.normals)
+            for name, error in zip(names, _ridge(own, where, names, one), strict=True):
+                out.append(errors_of(_channel(name), model, holdout, 0, block, error))
+        for name in names:
+            error = _boosted(r, name, cfg, (inner, validation), (outer, test), (normals, fitted), budget)
+            out.append(errors_of(_channel(name), "gradient boosting", holdout, 0, block, error))
+        for seed in range(budget.seeds):
+            params = train(known, fitted, cfg, _training(budget, 100 * holdout + seed, variables=2))
+            for name in names:
+                hidden = _only(where, name)
+                column = where.variables.index(name)
+                mean, _ = reconstruct(params, {sounder: where}, {sounder: hidden}, cfg=cfg)[sounder]
+                error = mean[:, column] - where.values[:, column]
+                out.append(errors_of(_channel(name), OURS, holdout, seed, block, error))
+    return pd.concat(out)
+
+
+def _channel(name: str) -> str:
+    return "channel " + name.partition(":")[2]
+
+
+def _clear(line: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Rows at least GUARD lines away from those that are held out."""
+    near = np.unique(line[out])[:, None] + np.arange(-GUARD, GUARD + 1)
+    return ~np.isin(line, near)
+
+
+def _with_guess(cfg: SnapshotConfig, sensor: str, guess: RidgeConfig | KrigingConfig) -> SnapshotConfig:
+    return dataclasses.replace(cfg, guesses=((sensor, guess),))
+
+
+def _training(budget: Budget, seed: int, **hide: Any) -> SnapshotTrainConfig:
+    return SnapshotTrainConfig(steps=budget.steps, seed=seed, **hide)
+
+
+def _only(r: Reports, *names: str) -> np.ndarray:
+    hidden = np.zeros(r.values.shape, bool)
+    hidden[:, r.index(names)] = True
+    return hidden
+
+
+def _ridge(fitted: Fitted, where: Reports, names: Sequence[str], cfg: SnapshotConfig) -> list[np.ndarray]:
+    """Errors of the regression of each channel, with that channel alone hidden."""
+    out = []
+    for name in names:
+        mean, _ = first_guess(fitted, {where.sensor: where}, {where.sensor: _only(where, name)}, cfg=cfg)[where.sensor]
+        column = where.variables.index(name)
+        out.append(mean[:, column] - where.values[:, column])
+    return out
+
+
+def _boosted(
+    r: Reports, name: str, cfg: SnapshotConfig, inner: Any, outer: Any, fits: tuple[Any, Fitted], budget: Budget
+) -> np.ndarray:
+    """Errors [test rows] of gradient boosting on the other channels, their means nearby and what ridge is told, of the
+    channel itself or of the residual of the tuned ridge, whichever is better in the validation segments.
+    """
+    column = r.variables.index(name)
+    hidden = _only(r, name)
+
+    def data(fitted: Fitted, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own = r.take(rows)
+        mean, _ = first_guess(fitted, {r.sensor: own}, {r.sensor: hidden[rows]}, cfg=cfg)[r.sensor]
+        blank = dataclasses.replace(own, values=np.where(hidden[rows], np.nan, own.values))
+        x = Scenes({r.sensor: blank}, fitted, cfg).features(r.sensor)
+        return x, own.values[:, column].astype(float), mean[:, column]
+
+    def run(fitted: Fitted, known: np.ndarray, asked: np.ndarray, on_ridge: bool) -> np.ndarray:
+        (x, y, ridge), (x_asked, y_asked, ridge_asked) = data(fitted, known), data(fitted, asked)
+        base, base_asked = (ridge, ridge_asked) if on_ridge else (0 * ridge, 0 * ridge_asked)
+        there = np.isfinite(y)
+        model = HistGradientBoostingRegressor(
+            max_iter=budget.trees, learning_rate=0.08, max_leaf_nodes=31, early_stopping=False, random_state=0
+        )  # pyright: ignore[reportArgumentType]
+        return model.fit(x[there], (y - base)[there]).predict(x_asked) + base_asked - y_asked
+
+    trial = dataclasses.replace(fits[1], normals=fits[0])
+    trial = fit({r.sensor: r.take(inner[0])}, cfg, normals=trial.normals)
+    tried = [rms(run(trial, *inner, on_ridge)) for on_ridge in (False, True)]
+    return run(fits[1], *outer, bool(tried[1] < tried[0]))
+
+
+# -------------------------------------------------------------------------------------------------------------- metar
+TEMPERATURE = "2m_temperature"
+STATION = (TEMPERATURE, "2m_dewpoint_temperature", "10m_u_component_of_wind", "10m_v_component_of_wind")
+LENGTHS = {"horizontal_km": (75.0, 150.0, 300.0, 600.0, 1200.0, 2400.0), "nugget": (0.02, 0.05, 0.1, 0.2, 0.4)}
+
+
+def metar(path: pathlib.Path, budget: Budget) -> pd.DataFrame:
+    """Errors of temperature at held-out stations: of each the last report of the file that has one."""
+    r = read_stations(path).reports
+    r = r.select(variables=[v for v in (*STATION, "altimeter_setting") if v in r.variables])
+    there = np.isfinite(r.height) & np.isfinite(r.values[:, r.variables.index(TEMPERATURE)])
+    r = r.take(there)
+    r = r.take(np.r_[r.platform[1:] != r.platform[:-1], True])
+    column = r.variables.index(TEMPERATURE)
+    truth, block = r.values[:, column].astype(float), boxes(r.latitude, r.longitude, 5.0)
+    cfg = SnapshotConfig(
+        sensors=(SensorConfig("station", r.variables, budget.tokens),),
+        field=SceneField(
+            anchors=budget.tokens, length_km=100.0, vertical_km=0.5, core=0.5, neighbours=min(12, budget.tokens),
+            reach=min(16, budget.tokens),
+        ),
+        network=NetworkConfig(width=budget.width, heads=8, key=8, dynamics_layers=0),
+        weights=tuple((v, 0.2) for v in r.variables if v != TEMPERATURE),
+    )  # fmt: skip
+    out = []
+    for holdout in range(budget.holdouts):
+        rng = np.random.default_rng([12, holdout])
+        role = rng.permutation(len(r)) % 5  # 0 is the test, 1 the validation of what is not tuned by leaving one out
+        test = role == 0
+        known = {"station": r.take(~test)}
+        normals = fit(known, cfg).normals
+        kernel = _tune(
+            normals,
+            known,
+            cfg,
+            column,
+            {"vertical_m": (150.0, 300.0, 600.0, 1200.0, 2400.0), **LENGTHS},
+            KrigingConfig(),
+        )
+        one = _with_guess(cfg, "station", kernel)
+        fitted = fit(known, one, normals=normals)
+
+        def idw(power: float, given: np.ndarray, asked: np.ndarray, least: float, method: str = "lapse_idw"):
+            at = [x for rows in (given, asked) for x in (r.latitude[rows], r.longitude[rows], r.height[rows])]
+            return interpolate(truth[given], *at, method=method, power=power, minimum_km=least) - truth[asked]
+
+        options = list(itertools.product((1.5, 2.0, 3.0, 4.0), (1.0, 30.0, 100.0)))
+        tried = [rms(idw(p, role > 1, role == 1, least)) for p, least in options]
+        power, least = options[int(np.argmin(tried))]
+        hidden = np.repeat(test[:, None], len(r.variables), 1)
+        mean, _ = first_guess(fitted, {"station": r}, {"station": hidden}, cfg=one)["station"]
+        for model, error in (
+            ("lapse + IDW", idw(2.0, ~test, test, 1.0)), ("lapse + IDW, tuned", idw(power, ~test, test, least)),
+            ("kriging, height drift", mean[test, column] - truth[test]),
+        ):  # fmt: skip
+            out.append(errors_of("held-out airports", model, holdout, 0, block[test], error))
+        for seed in range(budget.seeds):
+            params = train(known, fitted, one, _training(budget, 100 * holdout + seed, reports=0.25))
+            mean, _ = reconstruct(params, {"station": r}, {"station": hidden}, cfg=one)["station"]
+            error = mean[test, column] - truth[test]
+            out.append(errors_of("held-out airports", OURS, holdout, seed, block[test], error))
+    return pd.concat(out)
+
+
+def _tune(
+    normals: Any, known: dict[str, Reports], cfg: SnapshotConfig, column: int, grid: dict[str, Sequence[float]],
+    start: KrigingConfig, apart: np.ndarray | None = None,
+) -> KrigingConfig:  # fmt: skip
+    """The kernel that predicts the training values of a variable best, each left out (or, with `apart`, all of its
+    label): one parameter after the other, twice around, then with and without drift and smoothness.
+    """
+    ((name, r),) = known.items()
+    one = dataclasses.replace(
+        cfg, sensors=(dataclasses.replace(cfg.sensors[0], variables=(r.variables[column],)),), weights=()
+    )
+    own = {name: columns(normals[name], [column])}
+    truth = r.values[:, column]
+    scores: dict[KrigingConfig, float] = {}
+
+    def score(kernel: KrigingConfig) -> float:
+        if kernel not in scores:
+            trial = _with_guess(one, name, kernel)
+            nothing = {name: np.zeros((len(r), 1), bool)}
+            labels = None if apart is None else {name: apart}
+            mean, _ = first_guess(Fitted(own, {}), known, nothing, cfg=trial, apart=labels)[name]
+            scores[kernel] = rms(mean[:, 0] - truth)
+        return scores[kernel]
+
+    best = start
+    options = dict(grid)
+    for key, values in (*options.items(), *options.items(), ("smooth", (False, True)), ("drift", (False, True))):
+        best = min((dataclasses.replace(best, **{key: v}) for v in values), key=score)
+    return best
+
+
+# ------------------------------------------------------------------------------------------------------------- sondes
+SOUNDING = ("temperature", "dewpoint_temperature", "u_component_of_wind", "v_component_of_wind")
+
+
+def sondes(path: pathlib.Path, budget: Budget) -> pd.DataFrame:
+    """Errors of temperature at hidden levels of soundings that are given, and of held-out soundings."""
+    r = read_stations(path, sensor="radiosonde").reports
+    r = r.select(variables=[v for v in SOUNDING if v in r.variables])
+    column = r.variables.index("temperature")
+    r = r.take(np.isfinite(r.pressure) & np.isfinite(r.values).any(1))
+    truth, log_p = r.values[:, column].astype(float), np.log(r.pressure)
+    block = boxes(r.latitude, r.longitude, 10.0)
+    cfg = SnapshotConfig(
+        sensors=(SensorConfig("radiosonde", r.variables, 2 * budget.tokens),),
+        field=SceneField(
+            anchors=2 * budget.tokens, length_km=500.0, vertical_km=1.0, core=0.5, neighbours=min(10, budget.tokens),
+            reach=min(16, budget.tokens),
+        ),
+        network=NetworkConfig(width=budget.width, heads=8, key=8, dynamics_layers=0),
+        weights=tuple((v, 0.2) for v in r.variables if v != "temperature"),
+    )  # fmt: skip
+    grid = {"vertical_m": (500.0, 1000.0, 2000.0, 4000.0, 8000.0), **LENGTHS}
+    out = []
+    for holdout in range(budget.holdouts):
+        rng = np.random.default_rng([13, holdout])
+        station = (rng.permutation(len(r.platforms)) % 5 == 0)[r.platform]
+        level = ~station & (rng.random(len(r)) < 0.2)
+        known = r.take(~station & ~level)
+        normals = fit({"radiosonde": known}, cfg).normals
+        hidden = np.repeat((station | level)[:, None], len(r.variables), 1)
+        levels = _tune(normals, {"radiosonde": known}, cfg, column, grid, KrigingConfig())
+        stations = _tune(normals, {"radiosonde": known}, cfg, column, grid, levels, apart=known.platform)
+        between = _between(r, level, truth, log_p, ~station & ~level)
+        for target, kernel, rows in (
+            ("hidden levels", levels, np.isfinite(between)),
+            ("held-out stations", stations, station),
+        ):
+            one = _with_guess(cfg, "radiosonde", kernel)
+            fitted = fit({"radiosonde": known}, one, normals=normals)
+            mean, _ = first_guess(fitted, {"radiosonde": r}, {"radiosonde": hidden}, cfg=one)["radiosonde"]
+            normal = Scenes({"radiosonde": r}, fitted, one).parts["radiosonde"]["normal"]
+            found = {"kriging, height drift": mean[:, column], "normal": normal[:, column]}
+            if target == "hidden levels":
+                found["linear in ln p"] = between
+            for seed in range(budget.seeds):
+                hide = {"reports": 0.2} if target == "hidden levels" else {"platforms": 0.2}
+                params = train({"radiosonde": known}, fitted, one, _training(budget, 100 * holdout + seed, **hide))
+                asked = np.repeat(rows[:, None], len(r.variables), 1)
+                given = dataclasses.replace(r, values=np.where(hidden, np.nan, r.values))
+                mean, _ = reconstruct(params, {"radiosonde": given}, {"radiosonde": asked}, cfg=one)["radiosonde"]
+                error = (mean[:, column] - truth)[rows]
+                out.append(errors_of(target, OURS, holdout, seed, block[rows], error))
+            for model, predicted in found.items():
+                out.append(errors_of(target, model, holdout, 0, block[rows], (predicted - truth)[rows]))
+    return pd.concat(out)
+
+
+def _between(r: Reports, level: np.ndarray, truth: np.ndarray, log_p: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """[n] temperature linear in ln p between the given levels of the same sounding; NaN outside them and elsewhere."""
+    out = np.full(len(r), np.nan)
+    for platform in np.unique(r.platform[level]):
+        own = r.platform == platform
+        use, ask = own & given & np.isfinite(truth), own & level & np.isfinite(truth)
+        if use.sum() > 1:
+            order = np.argsort(log_p[use])
+            out[ask] = np.interp(log_p[ask], log_p[use][order], truth[use][order], np.nan, np.nan)
+    return out
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
