@@ -131,8 +131,8 @@ class SnapshotTrainConfig:
     Attributes:
       steps, learning_rate, weight_decay, warmup: of AdamW with cosine decay to 2 %; one scene a step.
       reports, platforms: shares of a scene's reports and of its platforms that are hidden wholly.
-      variables: of each sensor at most so many are hidden in a whole scene; half of the scenes hide one, a quarter two,
-        and so on. 0 hides none.
+      variables: of each sensor at most so many are hidden in a whole scene, as many scenes for every number from 1 on;
+        0 hides none. sets: distinct sets of variables that are hidden, for a regression is solved for each.
       ema: decay of the averaged parameters that are returned. seed: of weights, scenes and hiding.
     """
 
@@ -143,6 +143,7 @@ class SnapshotTrainConfig:
     reports: float = 0.0
     platforms: float = 0.0
     variables: int = 0
+    sets: int = 100
     ema: float = 0.99
     seed: int = 0
     checkpoint_every: int = 500
@@ -381,11 +382,19 @@ class Scenes:
             keep = rng.random(len(platform)) >= tcfg.reports
             names, owner = np.unique(platform, return_inverse=True)
             keep &= (rng.random(len(names)) >= tcfg.platforms)[owner]
-            count = min(int(rng.geometric(0.5)), tcfg.variables, len(s.variables))
-            variables = np.ones(len(s.variables), bool)
-            variables[rng.choice(len(variables), count, replace=False)] = False
-            shown[s.sensor] = keep[:, None] & variables
+            shown[s.sensor] = keep[:, None] & ~_hidden_set(len(s.variables), tcfg, int(rng.integers(tcfg.sets)))
         return self.scene(rows, shown, rng)
+
+
+def _hidden_set(width: int, tcfg: SnapshotTrainConfig, number: int) -> np.ndarray:
+    """[V] the variables that one of the sets hides: a number of them drawn, and each variable in its turn."""
+    hidden = np.zeros(width, bool)
+    most = min(tcfg.variables, width - 1)
+    if most > 0:
+        rng = np.random.default_rng([tcfg.seed, number])
+        others = rng.permutation(np.delete(np.arange(width), number % width))
+        hidden[[number % width, *others[: int(rng.integers(most))]]] = True
+    return hidden
 
 
 def _pad(x: np.ndarray, count: int, fill: float = 0) -> np.ndarray:
