@@ -13,13 +13,14 @@ The model is `earth.world.snapshot`: departures from a first guess in closed for
 choices of the baselines are made by validation inside the training part of every hold-out, and the first guess of the
 model is what they come to. OUT receives PART.csv (target, model, RMSE and mean absolute error with 90 % intervals by a
 bootstrap over blocks in space, ratio to the best baseline) and PART.png. `--tiny` shrinks everything to a check that it
-runs; its scores mean nothing.
+runs; its scores mean nothing. Hold-outs that are in OUT already (PART_blocks.parquet) are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import pathlib
 import sys
@@ -99,10 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Budget)}
     budget = dataclasses.replace(TINY if args.tiny else Budget(), **{k: v for k, v in given.items() if v is not None})
-    parts: dict[str, Callable[[], pd.DataFrame]] = {
-        "hirs": lambda: hirs(args.data / args.hirs, args.sounder, args.channels, budget),
-        "metar": lambda: metar(args.data / args.metar, budget),
-        "sondes": lambda: sondes(args.data / args.sondes, budget),
+    parts: dict[str, Callable[[int], pd.DataFrame]] = {
+        "hirs": lambda h: hirs(args.data / args.hirs, args.sounder, args.channels, h, budget),
+        "metar": lambda h: metar(args.data / args.metar, h, budget),
+        "sondes": lambda h: sondes(args.data / args.sondes, h, budget),
     }
     try:
         missing = [str(args.data / getattr(args, p)) for p in args.parts if not (args.data / getattr(args, p)).exists()]
@@ -112,18 +113,26 @@ def main(argv: list[str] | None = None) -> int:
                 "leave parts out with --parts"
             )
         args.out.mkdir(parents=True, exist_ok=True)
-        for part in args.parts:
-            errors = parts[part]()
-            scores = table(errors, budget.draws)
-            scores.to_csv(args.out / f".{part}.csv", index=False)
-            (args.out / f".{part}.csv").replace(args.out / f"{part}.csv")
-            errors.to_parquet(args.out / f"{part}_blocks.parquet")
-            print(f"\n{part}\n{scores.round(4).to_string(index=False)}", flush=True)
+        for holdout, part in itertools.product(range(budget.holdouts), args.parts):
+            path = args.out / f"{part}_blocks.parquet"
+            found = pd.read_parquet(path) if path.exists() else None
+            if found is None or holdout not in set(found["holdout"]):
+                found = pd.concat([found, parts[part](holdout)], ignore_index=True)
+                write(path, found.to_parquet)
+            scores = table(found, budget.draws)
+            write(args.out / f"{part}.csv", functools.partial(scores.to_csv, index=False))
+            print(f"\n{part}, {holdout + 1} of {budget.holdouts}\n{scores.round(4).to_string(index=False)}", flush=True)
             (args.out / f"{part}.png").write_bytes(report.png(picture(scores, TITLES[part])))
     except (ObservationError, DivergedError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def write(path: pathlib.Path, save: Callable[[pathlib.Path], Any]) -> None:
+    """Whole or not at all."""
+    save(path.with_name("." + path.name))
+    path.with_name("." + path.name).replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- scores
@@ -222,7 +231,7 @@ def rms(x: np.ndarray) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------- hirs
-def hirs(path: pathlib.Path, sounder: str, channels: Sequence[int], budget: Budget) -> pd.DataFrame:
+def hirs(path: pathlib.Path, sounder: str, channels: Sequence[int], holdout: int, budget: Budget) -> pd.DataFrame:
     """Errors of channels that are hidden in held-out segments of an orbit."""
     r = read_stations(path, sensor=sounder).reports
     r = r.select(variables=[v for v in r.variables if np.isfinite(r.values[:, r.variables.index(v)]).mean() > 0.5])
@@ -231,53 +240,52 @@ def hirs(path: pathlib.Path, sounder: str, channels: Sequence[int], budget: Budg
     line = np.unique(r.time, return_inverse=True)[1]
     segment = line // LINES
     out = []
-    for holdout in range(budget.holdouts):
-        rng = np.random.default_rng([11, holdout])
-        order = rng.permutation(np.unique(segment))
-        count = max(1, len(order) // 7)
-        test, validation = np.isin(segment, order[:count]), np.isin(segment, order[count : 2 * count])
-        outer, inner = _clear(line, test), _clear(line, test | validation)
-        known = {sounder: r.take(outer)}
-        cfg = SnapshotConfig(
-            sensors=(SensorConfig(sounder, r.variables, budget.tokens),),
-            field=SceneField(
-                anchors=budget.tokens, length_km=20.0, core=0.6, neighbours=min(8, budget.tokens),
-                reach=min(12, budget.tokens),
-            ),
-            network=NetworkConfig(width=budget.width, heads=8, key=8, dynamics_layers=0), normal_rows=3000,
-        )  # fmt: skip
-        # penalties of the normal and of the regression see the inner part alone while they are compared
-        normals = fit({sounder: r.take(inner)}, cfg).normals
-        grid = [RidgeConfig(d, k, p) for d, k in itertools.product((1, 2), (0, 8)) for p in (1.0, 10.0)]
-        trials = []
-        for choice in grid:
-            trial = _with_guess(cfg, sounder, choice)
-            fitted = fit({sounder: r.take(inner)}, trial, normals=normals)
-            trials.append(_ridge(fitted, r.take(validation), names, trial))
-        relative = np.array([[rms(e) for e in t] for t in trials])
-        relative = relative / relative.min(0)
-        best = grid[int(relative.mean(1).argmin())]
-        linear = [i for i, g in enumerate(grid) if g.degree == 1 and not g.nearby]
-        plain = grid[linear[int(relative[linear].mean(1).argmin())]]
-        cfg = _with_guess(cfg, sounder, best)
-        fitted = fit(known, cfg)
-        where, block = r.take(test), segment[test]
-        scored = {"ridge, own channels": _with_guess(cfg, sounder, plain), "ridge, tuned": cfg}
-        for model, one in scored.items():
-            own = fit(known, one, normals=fitted.normals)
-            for name, error in zip(names, _ridge(own, where, names, one), strict=True):
-                out.append(errors_of(_channel(name), model, holdout, 0, block, error))
+    rng = np.random.default_rng([11, holdout])
+    order = rng.permutation(np.unique(segment))
+    count = max(1, len(order) // 7)
+    test, validation = np.isin(segment, order[:count]), np.isin(segment, order[count : 2 * count])
+    outer, inner = _clear(line, test), _clear(line, test | validation)
+    known = {sounder: r.take(outer)}
+    cfg = SnapshotConfig(
+        sensors=(SensorConfig(sounder, r.variables, budget.tokens),),
+        field=SceneField(
+            anchors=budget.tokens, length_km=20.0, core=0.6, neighbours=min(8, budget.tokens),
+            reach=min(12, budget.tokens),
+        ),
+        network=NetworkConfig(width=budget.width, heads=8, key=8, dynamics_layers=0), normal_rows=3000,
+    )  # fmt: skip
+    # penalties of the normal and of the regression see the inner part alone while they are compared
+    normals = fit({sounder: r.take(inner)}, cfg).normals
+    grid = [RidgeConfig(d, *k, p) for d in (1, 2) for k in ((0, False), (8, False), (8, True)) for p in (1.0, 10.0)]
+    trials = []
+    for choice in grid:
+        trial = _with_guess(cfg, sounder, choice)
+        fitted = fit({sounder: r.take(inner)}, trial, normals=normals)
+        trials.append(_ridge(fitted, r.take(validation), names, trial))
+    relative = np.array([[rms(e) for e in t] for t in trials])
+    relative = relative / relative.min(0)
+    best = grid[int(relative.mean(1).argmin())]
+    linear = [i for i, g in enumerate(grid) if g.degree == 1 and not g.nearby]
+    plain = grid[linear[int(relative[linear].mean(1).argmin())]]
+    cfg = _with_guess(cfg, sounder, best)
+    fitted = fit(known, cfg)
+    where, block = r.take(test), segment[test]
+    scored = {"ridge, own channels": _with_guess(cfg, sounder, plain), "ridge, tuned": cfg}
+    for model, one in scored.items():
+        own = fit(known, one, normals=fitted.normals)
+        for name, error in zip(names, _ridge(own, where, names, one), strict=True):
+            out.append(errors_of(_channel(name), model, holdout, 0, block, error))
+    for name in names:
+        error = _boosted(r, name, cfg, (inner, validation), (outer, test), (normals, fitted), budget)
+        out.append(errors_of(_channel(name), "gradient boosting", holdout, 0, block, error))
+    for seed in range(budget.seeds if not holdout else 1):
+        params = train(known, fitted, cfg, _training(budget, 100 * holdout + seed, variables=2))
         for name in names:
-            error = _boosted(r, name, cfg, (inner, validation), (outer, test), (normals, fitted), budget)
-            out.append(errors_of(_channel(name), "gradient boosting", holdout, 0, block, error))
-        for seed in range(budget.seeds if not holdout else 1):
-            params = train(known, fitted, cfg, _training(budget, 100 * holdout + seed, variables=2))
-            for name in names:
-                hidden = _only(where, name)
-                column = where.variables.index(name)
-                mean, _ = reconstruct(params, {sounder: where}, {sounder: hidden}, cfg=cfg)[sounder]
-                error = mean[:, column] - where.values[:, column]
-                out.append(errors_of(_channel(name), OURS, holdout, seed, block, error))
+            hidden = _only(where, name)
+            column = where.variables.index(name)
+            mean, _ = reconstruct(params, {sounder: where}, {sounder: hidden}, cfg=cfg)[sounder]
+            error = mean[:, column] - where.values[:, column]
+            out.append(errors_of(_channel(name), OURS, holdout, seed, block, error))
     return pd.concat(out)
 
 
@@ -354,7 +362,7 @@ NEIGHBOURS = 16
 LENGTHS = {"horizontal_km": (75.0, 150.0, 300.0, 600.0, 1200.0, 2400.0), "nugget": (0.02, 0.05, 0.1, 0.2, 0.4)}
 
 
-def metar(path: pathlib.Path, budget: Budget) -> pd.DataFrame:
+def metar(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
     """Errors of temperature at held-out stations: of each the last report of the file that has one."""
     r = read_stations(path).reports
     r = r.select(variables=[v for v in STATION if v in r.variables])
@@ -373,36 +381,35 @@ def metar(path: pathlib.Path, budget: Budget) -> pd.DataFrame:
         weights=tuple((v, 0.2) for v in r.variables if v != TEMPERATURE),
     )  # fmt: skip
     out = []
-    for holdout in range(budget.holdouts):
-        rng = np.random.default_rng([12, holdout])
-        role = rng.permutation(len(r)) % 5  # 0 is the test, 1 the validation of what is not tuned by leaving one out
-        test = role == 0
-        known = {"station": r.take(~test)}
-        normals = fit(known, cfg).normals
-        grid = {"vertical_m": (150.0, 300.0, 600.0, 1200.0, 2400.0), **LENGTHS}
-        kriging = _Kriging(Fitted(normals, {}), r, column, cfg)
-        kernel = kriging.tune(~test, grid, KrigingConfig(neighbours=NEIGHBOURS))
-        one = _with_guess(cfg, "station", kernel)
-        fitted = fit(known, one, normals=normals)
+    rng = np.random.default_rng([12, holdout])
+    role = rng.permutation(len(r)) % 5  # 0 is the test, 1 the validation of what is not tuned by leaving one out
+    test = role == 0
+    known = {"station": r.take(~test)}
+    normals = fit(known, cfg).normals
+    grid = {"vertical_m": (150.0, 300.0, 600.0, 1200.0, 2400.0), **LENGTHS}
+    kriging = _Kriging(Fitted(normals, {}), r, column, cfg)
+    kernel = kriging.tune(~test, grid, KrigingConfig(neighbours=NEIGHBOURS))
+    one = _with_guess(cfg, "station", kernel)
+    fitted = fit(known, one, normals=normals)
 
-        def idw(power: float, given: np.ndarray, asked: np.ndarray, least: float, method: str = "lapse_idw"):
-            at = [x for rows in (given, asked) for x in (r.latitude[rows], r.longitude[rows], r.height[rows])]
-            return interpolate(truth[given], *at, method=method, power=power, minimum_km=least) - truth[asked]
+    def idw(power: float, given: np.ndarray, asked: np.ndarray, least: float, method: str = "lapse_idw"):
+        at = [x for rows in (given, asked) for x in (r.latitude[rows], r.longitude[rows], r.height[rows])]
+        return interpolate(truth[given], *at, method=method, power=power, minimum_km=least) - truth[asked]
 
-        options = list(itertools.product((1.5, 2.0, 3.0, 4.0), (1.0, 30.0, 100.0)))
-        tried = [rms(idw(p, role > 1, role == 1, least)) for p, least in options]
-        power, least = options[int(np.argmin(tried))]
-        hidden = np.repeat(test[:, None], len(r.variables), 1)
-        for model, error in (
-            ("lapse + IDW", idw(2.0, ~test, test, 1.0)), ("lapse + IDW, tuned", idw(power, ~test, test, least)),
-            ("kriging, height drift", kriging.errors(kernel, ~test, test)),
-        ):  # fmt: skip
-            out.append(errors_of("held-out airports", model, holdout, 0, block[test], error))
-        for seed in range(budget.seeds if not holdout else 1):
-            params = train(known, fitted, one, _training(budget, 100 * holdout + seed, reports=0.25))
-            mean, _ = reconstruct(params, {"station": r}, {"station": hidden}, cfg=one)["station"]
-            error = mean[test, column] - truth[test]
-            out.append(errors_of("held-out airports", OURS, holdout, seed, block[test], error))
+    options = list(itertools.product((1.5, 2.0, 3.0, 4.0), (1.0, 30.0, 100.0)))
+    tried = [rms(idw(p, role > 1, role == 1, least)) for p, least in options]
+    power, least = options[int(np.argmin(tried))]
+    hidden = np.repeat(test[:, None], len(r.variables), 1)
+    for model, error in (
+        ("lapse + IDW", idw(2.0, ~test, test, 1.0)), ("lapse + IDW, tuned", idw(power, ~test, test, least)),
+        ("kriging, height drift", kriging.errors(kernel, ~test, test)),
+    ):  # fmt: skip
+        out.append(errors_of("held-out airports", model, holdout, 0, block[test], error))
+    for seed in range(budget.seeds if not holdout else 1):
+        params = train(known, fitted, one, _training(budget, 100 * holdout + seed, reports=0.25))
+        mean, _ = reconstruct(params, {"station": r}, {"station": hidden}, cfg=one)["station"]
+        error = mean[test, column] - truth[test]
+        out.append(errors_of("held-out airports", OURS, holdout, seed, block[test], error))
     return pd.concat(out)
 
 
@@ -449,7 +456,7 @@ class _Kriging:
 SOUNDING = ("temperature", "dewpoint_temperature")
 
 
-def sondes(path: pathlib.Path, budget: Budget) -> pd.DataFrame:
+def sondes(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
     """Errors of temperature at hidden levels of soundings that are given, and of held-out soundings."""
     r = read_stations(path, sensor="radiosonde").reports
     r = r.select(variables=[v for v in SOUNDING if v in r.variables])
@@ -468,39 +475,38 @@ def sondes(path: pathlib.Path, budget: Budget) -> pd.DataFrame:
     )  # fmt: skip
     grid = {"vertical_m": (500.0, 1000.0, 2000.0, 4000.0, 8000.0), **LENGTHS}
     out = []
-    for holdout in range(budget.holdouts):
-        rng = np.random.default_rng([13, holdout])
-        station = (rng.permutation(len(r.platforms)) % 5 == 0)[r.platform]
-        level = ~station & (rng.random(len(r)) < 0.2)
-        known = r.take(~station & ~level)
-        normals = fit({"radiosonde": known}, cfg).normals
-        hidden = np.repeat((station | level)[:, None], len(r.variables), 1)
-        kriging, given = _Kriging(Fitted(normals, {}), r, column, cfg), ~station & ~level
-        levels = kriging.tune(given, grid, KrigingConfig(neighbours=NEIGHBOURS))
-        stations = kriging.tune(given, grid, levels, apart=r.platform)
-        between = _between(r, level, truth, log_p, ~station & ~level)
-        for target, kernel, rows in (
-            ("hidden levels", levels, np.isfinite(between)),
-            ("held-out stations", stations, station),
-        ):
-            one = _with_guess(cfg, "radiosonde", kernel)
-            fitted = fit({"radiosonde": known}, one, normals=normals)
-            found = {
-                "normal": (kriging.normal - truth)[rows],
-                "kriging, height drift": kriging.errors(kernel, given, rows),
-            }
-            if target == "hidden levels":
-                found["linear in ln p"] = (between - truth)[rows]
-            for seed in range(budget.seeds if not holdout else 1):
-                hide = {"reports": 0.2} if target == "hidden levels" else {"platforms": 0.2}
-                params = train({"radiosonde": known}, fitted, one, _training(budget, 100 * holdout + seed, **hide))
-                asked = np.repeat(rows[:, None], len(r.variables), 1)
-                blank = dataclasses.replace(r, values=np.where(hidden, np.nan, r.values))
-                mean, _ = reconstruct(params, {"radiosonde": blank}, {"radiosonde": asked}, cfg=one)["radiosonde"]
-                error = (mean[:, column] - truth)[rows]
-                out.append(errors_of(target, OURS, holdout, seed, block[rows], error))
-            for model, error in found.items():
-                out.append(errors_of(target, model, holdout, 0, block[rows], error))
+    rng = np.random.default_rng([13, holdout])
+    station = (rng.permutation(len(r.platforms)) % 5 == 0)[r.platform]
+    level = ~station & (rng.random(len(r)) < 0.2)
+    known = r.take(~station & ~level)
+    normals = fit({"radiosonde": known}, cfg).normals
+    hidden = np.repeat((station | level)[:, None], len(r.variables), 1)
+    kriging, given = _Kriging(Fitted(normals, {}), r, column, cfg), ~station & ~level
+    levels = kriging.tune(given, grid, KrigingConfig(neighbours=NEIGHBOURS))
+    stations = kriging.tune(given, grid, levels, apart=r.platform)
+    between = _between(r, level, truth, log_p, ~station & ~level)
+    for target, kernel, rows in (
+        ("hidden levels", levels, np.isfinite(between)),
+        ("held-out stations", stations, station),
+    ):
+        one = _with_guess(cfg, "radiosonde", kernel)
+        fitted = fit({"radiosonde": known}, one, normals=normals)
+        found = {
+            "normal": (kriging.normal - truth)[rows],
+            "kriging, height drift": kriging.errors(kernel, given, rows),
+        }
+        if target == "hidden levels":
+            found["linear in ln p"] = (between - truth)[rows]
+        for seed in range(budget.seeds if not holdout else 1):
+            hide = {"reports": 0.2} if target == "hidden levels" else {"platforms": 0.2}
+            params = train({"radiosonde": known}, fitted, one, _training(budget, 100 * holdout + seed, **hide))
+            asked = np.repeat(rows[:, None], len(r.variables), 1)
+            blank = dataclasses.replace(r, values=np.where(hidden, np.nan, r.values))
+            mean, _ = reconstruct(params, {"radiosonde": blank}, {"radiosonde": asked}, cfg=one)["radiosonde"]
+            error = (mean[:, column] - truth)[rows]
+            out.append(errors_of(target, OURS, holdout, seed, block[rows], error))
+        for model, error in found.items():
+            out.append(errors_of(target, model, holdout, 0, block[rows], error))
     return pd.concat(out)
 
 

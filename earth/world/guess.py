@@ -16,13 +16,14 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from scipy.spatial import KDTree
 
 from earth import geometry
 from earth.observations import EmptyWindowError
 from earth.sensors import ObservationError
 
-_RIDGE_MASKS = 512
+_KEPT = 4096
 _BATCH = 4096
 
 
@@ -166,11 +167,13 @@ class RidgeConfig:
     Attributes:
       degree: of the polynomial in them and in what is known about the report, 1 or 2.
       nearby: take the means of each other variable over so many nearest reports as well; 0 for none.
+      sides: and the means over those of them that lie ahead, behind, to the left and to the right (`sides`).
       penalty: added to the diagonal of the sums of squares of the features.
     """
 
     degree: int = 2
     nearby: int = 8
+    sides: bool = False
     penalty: float = 1.0
 
     def __post_init__(self):
@@ -212,8 +215,9 @@ def _features(
     if cfg.nearby:
         if near is None:
             raise ObservationError(f"nearby = {cfg.nearby} needs the nearest reports; pass near")
-        parts.append(means_nearby(value, near))
-        owners.append(np.stack([np.arange(width)] * 2, -1))
+        for part in np.moveaxis(near, 1, 0):
+            parts.append(means_nearby(value, part))
+            owners.append(np.stack([np.arange(width)] * 2, -1))
     return np.concatenate(parts, -1), np.concatenate(owners)
 
 
@@ -225,12 +229,29 @@ def means_nearby(value: np.ndarray, near: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.where(known, beside, 0.0).sum(1) / np.maximum(count, 1), value)
 
 
+def sides(place: np.ndarray, along: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """[n, 5, k] the neighbours `near` [n, k] of reports: all of them, then those ahead, behind, left and right, -1 for
+    the rest.
+
+    Args:
+      place: [n, 3 or more] Cartesian; along: [n, 3] unit vectors at a tangent, the way that is ahead.
+    """
+    x = place[:, :3]
+    gap = x[near] - x[:, None]
+    across = np.cross(along, x)
+    ahead, right = np.einsum("nkc,nc->nk", gap, along), np.einsum("nkc,nc->nk", gap, across)
+    right = right / np.linalg.norm(x, axis=1)[:, None]
+    mainly = np.abs(ahead) >= np.abs(right)
+    parts = [mainly | True, mainly & (ahead >= 0), mainly & (ahead < 0), ~mainly & (right < 0), ~mainly & (right >= 0)]
+    return np.stack([np.where(part & (near >= 0), near, -1) for part in parts], 1)
+
+
 def fit_ridge(cfg: RidgeConfig, value: np.ndarray, about: np.ndarray, near: np.ndarray | None = None) -> Ridge:
     """From training reports [n, V], NaN missing; reports that lack a variable are left out.
 
     Args:
       about: [n, A] what is known about each report beside its values (view angle, latitude), about unit size.
-      near: [n, k] the nearest other reports, -1 for none; for `nearby`.
+      near: [n, S, k] the nearest other reports, all and by side, -1 for none; for `nearby`.
 
     Raises:
       EmptyWindowError: fewer than two complete reports per feature.
@@ -247,40 +268,49 @@ def fit_ridge(cfg: RidgeConfig, value: np.ndarray, about: np.ndarray, near: np.n
 
 
 def guess(
-    ridge: Ridge, value: np.ndarray, shown: np.ndarray, about: np.ndarray, near: np.ndarray | None = None
+    ridge: Ridge,
+    value: np.ndarray,
+    shown: np.ndarray,
+    about: np.ndarray,
+    near: np.ndarray | None = None,
+    *,
+    wanted: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(mean, deviation) [n, V] of every variable from the other shown variables of its report; arguments as in
     `fit_ridge`, values that are not `shown` [n, V] are not looked at.
 
-    Costs V solves for every set of shown variables that occurs: meant for few sets, as when whole channels are missing.
+    Costs a solve for every variable and every set of shown variables that occurs: meant for few sets, as when whole
+    channels are missing.
+
+    Args:
+      wanted: [V] variables to answer, the others stay NaN; all by default.
     """
     value = np.where(shown, value, np.nan)
     features, _ = _features(ridge.cfg, value, about, near)
-    mean, deviation = np.zeros((2, *value.shape))
+    mean, deviation = np.full((2, *value.shape), np.nan)
+    asked = range(value.shape[1]) if wanted is None else np.flatnonzero(wanted)
     masks, which = np.unique(shown, axis=0, return_inverse=True)
     for m, mask in enumerate(masks):
         rows = np.flatnonzero(which.ravel() == m)
-        weights, error = _weights(ridge, mask)
         x = np.where(np.isfinite(features[rows]), features[rows], 0.0)
-        mean[rows], deviation[rows] = x @ weights, error
+        for v in asked:
+            weights, deviation[rows, v] = _weights(ridge, mask, int(v))
+            mean[rows, v] = x @ weights
     return mean, deviation
 
 
-def _weights(ridge: Ridge, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """([F, V] coefficients, [V] rms of the fit) for one set of shown variables; kept, up to some hundred sets."""
-    key = mask.tobytes()
+def _weights(ridge: Ridge, mask: np.ndarray, v: int) -> tuple[np.ndarray, float]:
+    """([F] coefficients, rms of the fit) of a variable for a set of shown ones; kept, up to some thousand."""
+    key = (mask.tobytes(), v)
     if key not in ridge.solved:
-        if len(ridge.solved) >= _RIDGE_MASKS:
+        if len(ridge.solved) >= _KEPT:
             ridge.solved.clear()
-        gram, owner = ridge.gram, ridge.owner
-        allowed = (owner < 0) | mask[owner]
-        weights, error = np.zeros((len(gram), ridge.width)), np.zeros(ridge.width)
-        for v in range(ridge.width):
-            own = np.flatnonzero((allowed & (owner != v)).all(1))
-            system = gram[np.ix_(own, own)] + ridge.cfg.penalty * np.eye(len(own))
-            w = np.linalg.solve(system, gram[own, v])
-            weights[own, v] = w
-            square = gram[v, v] - 2 * w @ gram[own, v] + w @ gram[np.ix_(own, own)] @ w
-            error[v] = np.sqrt(max(square / ridge.count, 1e-8))
-        ridge.solved[key] = (weights, error)
+        gram = ridge.gram
+        own = np.flatnonzero((((ridge.owner < 0) | mask[ridge.owner]) & (ridge.owner != v)).all(1))
+        inner = gram[np.ix_(own, own)]
+        w = scipy.linalg.solve(inner + ridge.cfg.penalty * np.eye(len(own)), gram[own, v], assume_a="pos")
+        weights = np.zeros(len(gram))
+        weights[own] = w
+        square = gram[v, v] - 2 * w @ gram[own, v] + w @ inner @ w
+        ridge.solved[key] = (weights, float(np.sqrt(max(square / ridge.count, 1e-8))))
     return ridge.solved[key]

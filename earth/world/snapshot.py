@@ -41,7 +41,7 @@ from earth.observations import EmptyWindowError, ObservationError, Reports
 from earth.world import network
 from earth.world.climate import Climate, climate, fit_climate
 from earth.world.field import Anchors, FieldConfig
-from earth.world.guess import KrigingConfig, Ridge, RidgeConfig, fit_ridge, krige, means_nearby
+from earth.world.guess import KrigingConfig, Ridge, RidgeConfig, fit_ridge, krige, means_nearby, sides
 from earth.world.guess import guess as guess_from_others
 from earth.world.model import window_end
 from earth.world.network import Direct, Network, NetworkConfig
@@ -143,7 +143,7 @@ class SnapshotTrainConfig:
     reports: float = 0.0
     platforms: float = 0.0
     variables: int = 0
-    sets: int = 100
+    sets: int = 40
     ema: float = 0.99
     seed: int = 0
     checkpoint_every: int = 500
@@ -191,7 +191,7 @@ def specs(cfg: SnapshotConfig) -> Reading:
         v = len(s.variables)
         form = Direct(
             ParamSpec((v, 3, cfg.network.width), (None, None, "embed"), FanIn(1.0, (-3, -2))),
-            ParamSpec((hidden,), (None,), zeros), dense(hidden, v, 0.02), dense(hidden, v, 0.02),
+            ParamSpec((hidden,), (None,), zeros), dense(hidden, v, 0.1), dense(hidden, v, 0.1),
         )  # fmt: skip
         senses[s.sensor] = dataclasses.replace(net.senses[s.sensor], form=form)
         told[s.sensor] = dense(5 * v + 3, hidden)
@@ -220,7 +220,7 @@ def fit(
         if isinstance(guess, RidgeConfig):
             normal, sd = _normal(found[s.sensor], r)
             z = (r.values - normal) / sd
-            near = _near(_place(cfg, r), guess.nearby)
+            near = _around(_place(cfg, r), headings(r), guess)
             ridges[s.sensor] = fit_ridge(guess, z, about(r.latitude, r.longitude, _view(r), _time(r)), near)
     return Fitted(found, ridges)
 
@@ -257,6 +257,38 @@ def _near(place: np.ndarray, k: int) -> np.ndarray:
     return index[~own].reshape(len(index), k).astype(np.int64)
 
 
+def headings(r: Reports) -> np.ndarray:
+    """[n, 3] unit vectors at a tangent to the sphere: the way a report's platform moves, north where it stands still.
+
+    What a scanner does alike in all its scans (registration of channels, limb) is fixed to its track, not to north.
+    """
+    up = np.asarray(_unit(r.latitude, r.longitude))
+    first = np.r_[True, (np.diff(r.platform) != 0) | (np.diff(r.time) != 0)]
+    group = np.cumsum(first) - 1
+    count = np.bincount(group)[:, None]
+    centre = np.stack([np.bincount(group, up[:, c]) for c in range(3)], -1) / count
+    owner, rows = r.platform[first], np.arange(len(count))
+    after = np.where(np.r_[owner[1:] == owner[:-1], False], rows + 1, rows)
+    before = np.where(np.r_[False, owner[1:] == owner[:-1]], rows - 1, rows)
+    move = (centre[after] - centre[before])[group]
+    move = move - (move * up).sum(-1, keepdims=True) * up
+    lat, lon = np.deg2rad(r.latitude), np.deg2rad(r.longitude)
+    north = np.stack([-np.sin(lat) * np.cos(lon), -np.sin(lat) * np.sin(lon), np.cos(lat)], -1)
+    length = np.linalg.norm(move, axis=-1, keepdims=True)
+    return np.where(length > 1e-6, move / np.maximum(length, 1e-6), north)
+
+
+def _unit(latitude: Any, longitude: Any) -> np.ndarray:
+    lat, lon = np.deg2rad(np.float64(latitude)), np.deg2rad(np.float64(longitude))
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
+
+
+def _around(place: np.ndarray, along: np.ndarray, cfg: RidgeConfig) -> np.ndarray:
+    """[n, S, k] the nearest other reports, and by side where the regression asks for them."""
+    near = _near(place, cfg.nearby)
+    return sides(place, along, near) if cfg.sides and cfg.nearby else near[:, None]
+
+
 class Scenes:
     """Reports of a snapshot, to cut scenes from.
 
@@ -277,7 +309,7 @@ class Scenes:
                 "value": (r.values - normal) / sd, "normal": normal, "deviation": sd, "platform": r.platform,
                 "age": ((last - r.time) / 3600.0).astype(np.float32),
                 "latitude": r.latitude, "longitude": r.longitude, "height": r.height, "view_angle": view,
-                "about": about(r.latitude, r.longitude, view, _time(r)), "place": _place(cfg, r),
+                "about": about(r.latitude, r.longitude, view, _time(r)), "place": _place(cfg, r), "along": headings(r),
                 "unit": host_place(cfg.field, r.latitude, r.longitude, 0 * r.height)[:, :3],
             }  # fmt: skip
 
@@ -307,13 +339,13 @@ class Scenes:
         """
         cfg = self.cfg
         places = {
-            k: np.concatenate([np.stack([self.parts[s.sensor][k][rows[s.sensor]]], -1) for s in cfg.sensors])[:, 0]
-            for k in ("latitude", "longitude", "height")
+            k: np.concatenate([self.parts[s.sensor][k][rows[s.sensor]] for s in cfg.sensors])
+            for k in ("latitude", "longitude", "height", "along")
         }
         drawn = np.arange(len(places["height"]))
         if len(drawn) > cfg.field.anchors:
             drawn = np.sort(rng.choice(drawn, cfg.field.anchors, replace=False))
-        anchors, tree = self._anchors(*(places[k][drawn] for k in ("latitude", "longitude", "height")))
+        anchors, tree = self._anchors(**{k: x[drawn] for k, x in places.items()})
         out: dict[str, Any] = {"tokens": {}, "guess": {}, "target": {}, "hidden": {}}
         for s in cfg.sensors:
             name, own = s.sensor, rows[s.sensor]
@@ -335,15 +367,26 @@ class Scenes:
         return out | {"anchors": anchors, "time": self.end}
 
     def guess(
-        self, name: str, p: Mapping[str, Any], seen: np.ndarray, *, apart: np.ndarray | None = None
+        self,
+        name: str,
+        p: Mapping[str, Any],
+        seen: np.ndarray,
+        *,
+        wanted: np.ndarray | None = None,
+        apart: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, deviation) [N, V] of every value of the reports `p` from the others that are `seen`."""
+        """(mean, deviation) [N, V] of the values of reports `p`, each from the others that are `seen`; at least of those
+        `wanted` [N, V].
+        """
         cfg = self.cfg.guess(name)
         value = np.where(seen, p["value"], 0.0)
         if isinstance(cfg, RidgeConfig):
-            return guess_from_others(self.fitted.ridges[name], value, seen, p["about"], _near(p["place"], cfg.nearby))
+            near, columns = _around(p["place"], p["along"], cfg), None if wanted is None else wanted.any(0)
+            return guess_from_others(self.fitted.ridges[name], value, seen, p["about"], near, wanted=columns)
         if isinstance(cfg, KrigingConfig):
-            return krige(cfg, p["latitude"], p["longitude"], p["height"], value, seen, group=apart)
+            rows = None if wanted is None else wanted.any(1)
+            at = (p["latitude"], p["longitude"], p["height"])
+            return krige(cfg, *at, value, seen, wanted=rows, group=apart)
         return np.zeros_like(value), np.ones_like(value)
 
     def features(self, name: str, nearby: int = 8) -> np.ndarray:
@@ -353,21 +396,25 @@ class Scenes:
         p = self.parts[name]
         return np.concatenate([p["value"], p["about"], means_nearby(p["value"], _near(p["place"], nearby))], -1)
 
-    def _anchors(self, latitude: np.ndarray, longitude: np.ndarray, height: np.ndarray) -> tuple[Anchors, np.ndarray]:
-        """(anchors at places, padded with ones that are out of everyone's reach; their place in float64)."""
+    def _anchors(
+        self, latitude: np.ndarray, longitude: np.ndarray, height: np.ndarray, along: np.ndarray
+    ) -> tuple[Anchors, np.ndarray]:
+        """(anchors at places, with frames that look along the track, padded with ones that are out of everyone's reach;
+        their place in float64).
+        """
         cfg, count = self.cfg.field, len(height)
         where = host_place(cfg, latitude, longitude, height)
         far = np.zeros((cfg.anchors - count, 4))
         far[:, 3] = _FAR * (1 + np.arange(len(far)))
+        frame = np.zeros((cfg.anchors, 3, 4), np.float32)
+        frame[:count, 0, :3] = np.cross(along, _unit(latitude, longitude))  # to the right
+        frame[:count, 1, :3] = along
+        frame[:, 2, 3] = 1.0
         where = np.concatenate([where, far])
         lat, lon, height = (_pad(x, count=cfg.anchors) for x in (latitude, longitude, height))
-        a, b, zero = np.deg2rad(lat), np.deg2rad(lon), 0.0 * lat
-        east = np.stack([-np.sin(b), np.cos(b), zero, zero], -1)
-        north = np.stack([-np.sin(a) * np.cos(b), -np.sin(a) * np.sin(b), np.cos(a), zero], -1)
-        up = np.stack([zero, zero, zero, zero + 1.0], -1)
         anchors = Anchors(
-            lat, lon, height, where.astype(np.float32), np.stack([east, north, up], 1).astype(np.float32),
-            nearest(where, where, cfg.reach), np.zeros((cfg.anchors, 0), np.float32),
+            lat, lon, height, where.astype(np.float32), frame, nearest(where, where, cfg.reach),
+            np.zeros((cfg.anchors, 0), np.float32),
         )  # fmt: skip
         return anchors, where
 
@@ -532,14 +579,16 @@ def first_guess(
       apart: {sensor: [n] labels}: kriging leaves a report's own label out (a sounding without its own levels).
 
     Returns:
-      {sensor: (mean, standard deviation) [n, V]}, SI: also of values that are not hidden, each without itself.
+      {sensor: (mean, standard deviation) [n, V]}, SI, NaN where nothing was asked.
     """
     scenes = Scenes(_without(reports, hidden, cfg), fitted, cfg)
     out = {}
-    for name in hidden:
+    for name, wanted in hidden.items():
         p = scenes.parts[name]
-        mean, deviation = scenes.guess(name, p, np.isfinite(p["value"]), apart=(apart or {}).get(name))
-        out[name] = (p["normal"] + p["deviation"] * mean, p["deviation"] * deviation)
+        seen = np.isfinite(p["value"])
+        mean, deviation = scenes.guess(name, p, seen, wanted=wanted, apart=(apart or {}).get(name))
+        found = p["normal"] + p["deviation"] * mean, p["deviation"] * deviation
+        out[name] = (np.where(wanted, found[0], np.nan), np.where(wanted, found[1], np.nan))
     return out
 
 

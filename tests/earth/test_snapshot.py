@@ -11,7 +11,7 @@ from sklearn.preprocessing import PolynomialFeatures
 
 from earth.geometry import EARTH_RADIUS_KM
 from earth.observations import EmptyWindowError, ObservationError, Reports, great_circle_km
-from earth.world.guess import KrigingConfig, RidgeConfig, fit_ridge, guess, krige
+from earth.world.guess import KrigingConfig, RidgeConfig, fit_ridge, guess, krige, sides
 from earth.world.network import NetworkConfig
 from earth.world.records import SensorConfig
 from earth.world.snapshot import (
@@ -21,6 +21,7 @@ from earth.world.snapshot import (
     SnapshotTrainConfig,
     first_guess,
     fit,
+    headings,
     reconstruct,
     train,
 )
@@ -133,7 +134,7 @@ def test_ridge_guess_is_polynomial_ridge_regression_on_what_is_shown():
 
 def test_ridge_guess_of_a_variable_does_not_see_it_at_the_report_or_beside_it():
     rng = np.random.default_rng(0)
-    value, extra, near = rng.normal(size=(200, 3)), rng.normal(size=(200, 1)), rng.integers(0, 200, (200, 4))
+    value, extra, near = rng.normal(size=(200, 3)), rng.normal(size=(200, 1)), rng.integers(0, 200, (200, 1, 4))
     made = fit_ridge(RidgeConfig(1, 4), value, extra, near)
     shown = rng.random(value.shape) < 0.8
     mean, _ = guess(made, value, shown, extra, near)
@@ -143,6 +144,30 @@ def test_ridge_guess_of_a_variable_does_not_see_it_at_the_report_or_beside_it():
     moved, _ = guess(made, other, shown, extra, near)
     np.testing.assert_array_equal(mean[:, 1], moved[:, 1])
     assert np.abs(mean[:, 0] - moved[:, 0]).max() > 0.01
+
+
+def test_headings_follow_the_track_and_sides_are_seen_from_it():
+    """A platform that flies north-east by steps of 10 km, beside one that stands still."""
+    step = 0.09 * np.arange(7)
+    lat, lon = np.r_[10 + step, 50.0], np.r_[20 + step / np.cos(np.deg2rad(10)), 5.0]
+    r = Reports(
+        "aircraft", ("temperature",), ("A", "B"), np.r_[np.zeros(7), 1], START + np.r_[60 * np.arange(7), 0], lat, lon,
+        np.full(8, 1e4), np.full((8, 1), 220.0),
+    )  # fmt: skip
+    along = headings(r)
+    up = np.stack([np.cos(np.deg2rad(lat)) * np.cos(np.deg2rad(lon)), np.cos(np.deg2rad(lat)) * np.sin(np.deg2rad(lon)),
+                   np.sin(np.deg2rad(lat))], -1)  # fmt: skip
+    np.testing.assert_allclose((along * up).sum(-1), 0, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(along, axis=-1), 1)
+    east = np.stack([-np.sin(np.deg2rad(lon)), np.cos(np.deg2rad(lon)), 0 * lon], -1)
+    azimuth = np.rad2deg(np.arctan2((along * east).sum(-1), along[:, 2] / np.cos(np.deg2rad(lat))))
+    np.testing.assert_allclose(azimuth, [45.0] * 7 + [0.0], atol=1.0)
+    near = np.array([[1, 2], [0, 2], [0, 1], [0, 1], [0, 1], [0, 1], [0, 1], [-1, -1]])
+    found = sides(up, along, near)
+    np.testing.assert_array_equal(found[1], [[0, 2], [-1, 2], [0, -1], [-1, -1], [-1, -1]])
+    turned = sides(up, np.cross(up, along), near)  # looking to the left: what was ahead is to the right
+    np.testing.assert_array_equal(turned[1], [[0, 2], [-1, -1], [-1, -1], [0, -1], [-1, 2]])
+    assert (found[7] == -1).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ influence
@@ -191,18 +216,18 @@ def test_moving_a_report_by_a_little_moves_predictions_by_a_little(trained):
     assert change[200.0] > 10 * change[0.01]
 
 
-def test_first_guess_of_every_value_is_without_itself(trained):
+def test_innovations_of_shown_values_are_against_a_guess_without_them(trained):
     r = stations()
-    nothing = np.zeros(r.values.shape, bool)
-    mean, deviation = first_guess(trained.fitted, {"station": r}, {"station": nothing}, cfg=CFG)["station"]
-    assert np.isfinite(mean).all()
-    assert (deviation > 0).all()
     values = np.array(r.values)
     values[11] += 30.0
-    other = dataclasses.replace(r, values=values)
-    again, _ = first_guess(trained.fitted, {"station": other}, {"station": nothing}, cfg=CFG)["station"]
-    np.testing.assert_array_equal(again[11], mean[11])
-    assert np.abs(again - mean).max() > 0.5
+    guesses = []
+    for v in (r.values, values):
+        scenes = Scenes({"station": dataclasses.replace(r, values=v)}, trained.fitted, CFG)
+        p = scenes.parts["station"]
+        guesses.append(scenes.guess("station", p, np.isfinite(p["value"])))
+    assert np.isfinite(guesses[0][0]).all()
+    np.testing.assert_array_equal(guesses[0][0][11], guesses[1][0][11])
+    assert np.abs(guesses[0][0] - guesses[1][0]).max() > 0.1
 
 
 def test_scenes_have_anchors_at_their_reports_and_score_their_core_only(trained):
