@@ -71,8 +71,8 @@ class Budget:
 
     holdouts: int = 3
     seeds: int = 2
-    steps: int = 1000
-    tokens: int = 384
+    steps: int = 800
+    tokens: int = 256
     width: int = 48
     trees: int = 150
     draws: int = 2000
@@ -304,7 +304,7 @@ def _with_guess(cfg: SnapshotConfig, sensor: str, guess: RidgeConfig | KrigingCo
 
 
 def _training(budget: Budget, seed: int, **hide: Any) -> SnapshotTrainConfig:
-    return SnapshotTrainConfig(steps=budget.steps, seed=seed, **hide)
+    return SnapshotTrainConfig(steps=budget.steps, learning_rate=3e-3, seed=seed, **hide)
 
 
 def _only(r: Reports, *names: str) -> np.ndarray:
