@@ -359,7 +359,7 @@ def _boosted(
 TEMPERATURE = "2m_temperature"
 STATION = (TEMPERATURE, "2m_dewpoint_temperature")
 NEIGHBOURS = 16
-LENGTHS = {"horizontal_km": (75.0, 150.0, 300.0, 600.0, 1200.0, 2400.0), "nugget": (0.02, 0.05, 0.1, 0.2, 0.4)}
+LENGTHS = {"horizontal_km": (150.0, 300.0, 600.0, 1200.0, 2400.0, 4800.0), "nugget": (0.02, 0.05, 0.1, 0.2, 0.4)}
 
 
 def metar(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
@@ -386,7 +386,7 @@ def metar(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
     test = role == 0
     known = {"station": r.take(~test)}
     normals = fit(known, cfg).normals
-    grid = {"vertical_m": (150.0, 300.0, 600.0, 1200.0, 2400.0), **LENGTHS}
+    grid = {"vertical_m": (150.0, 300.0, 600.0, 1200.0, 2400.0, 4800.0), **LENGTHS}
     kriging = _Kriging(Fitted(normals, {}), r, column, cfg)
     kernel = kriging.tune(~test, grid, KrigingConfig(neighbours=NEIGHBOURS))
     one = _with_guess(cfg, "station", kernel)
