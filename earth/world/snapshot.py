@@ -375,7 +375,7 @@ class Scenes:
         wanted: np.ndarray | None = None,
         apart: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, deviation) [N, V] of the values of reports `p` (those `wanted`), each from the others that are `seen`."""
+        """(mean, deviation) [N, V] of the values of reports `p`, of those `wanted`, each from the others `seen`."""
         cfg = self.cfg.guess(name)
         value = np.where(seen, p["value"], 0.0)
         if isinstance(cfg, RidgeConfig):
