@@ -387,7 +387,7 @@ def metar(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
     known = {"station": r.take(~test)}
     normals = fit(known, cfg).normals
     grid = {"vertical_m": (150.0, 300.0, 600.0, 1200.0, 2400.0, 4800.0), **LENGTHS}
-    kriging = _Kriging(Fitted(normals, {}), r, column, cfg)
+    kriging = _Kriging(Fitted(normals), r, column, cfg)
     kernel = kriging.tune(~test, grid, KrigingConfig(neighbours=NEIGHBOURS))
     one = _with_guess(cfg, "station", kernel)
     fitted = fit(known, one, normals=normals)
@@ -481,7 +481,7 @@ def sondes(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
     known = r.take(~station & ~level)
     normals = fit({"radiosonde": known}, cfg).normals
     hidden = np.repeat((station | level)[:, None], len(r.variables), 1)
-    kriging, given = _Kriging(Fitted(normals, {}), r, column, cfg), ~station & ~level
+    kriging, given = _Kriging(Fitted(normals), r, column, cfg), ~station & ~level
     levels = kriging.tune(given, grid, KrigingConfig(neighbours=NEIGHBOURS))
     stations = kriging.tune(given, grid, levels, apart=r.platform)
     between = _between(r, level, truth, log_p, ~station & ~level)

@@ -53,6 +53,7 @@ from moe.training import Mean
 _FAR = 1e4  # of anchors that are not there, in lengths
 _CLIP = 8.0
 _BLOCK = 40_000
+_CALIBRATION = 1000
 _LEAST = 1e-3  # of a first guess's deviation, in standard deviations
 
 
@@ -161,10 +162,13 @@ class SnapshotTrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What is fitted in closed form, by sensor: normals; regressions on the other variables."""
+    """What is fitted in closed form, by sensor: normals; regressions on the other variables; [V] factors that put the
+    deviation of kriging at the size of its errors on a draw of the training reports, each left out.
+    """
 
     normals: dict[str, Climate]
-    ridges: dict[str, Ridge]
+    ridges: dict[str, Ridge] = dataclasses.field(default_factory=dict)
+    scales: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -210,19 +214,28 @@ def fit(
     Raises:
       ObservationError: no reports of a sensor, a variable that is unknown or without values.
     """
-    found, ridges = dict(normals or {}), {}
+    found, ridges, scales = dict(normals or {}), {}, {}
     for s in cfg.sensors:
         r = select(reports, s)
         if s.sensor not in found:
             fitted = fit_climate(r, sites=False, rows=min(cfg.normal_rows, len(r)), seed=seed)
             found[s.sensor] = jax.tree.map(jnp.asarray, fitted)
         guess = cfg.guess(s.sensor)
+        normal, sd = _normal(found[s.sensor], r)
+        z = (r.values - normal) / sd
+        if isinstance(guess, KrigingConfig):
+            shown, drawn = np.isfinite(z), np.zeros(len(z), bool)
+            drawn[np.random.default_rng(seed).choice(len(z), min(len(z), _CALIBRATION), replace=False)] = True
+            place = (r.latitude, r.longitude, r.height)
+            mean, deviation = krige(guess, *place, np.where(shown, z, 0.0), shown, wanted=drawn)
+            error = np.where(shown, (z - mean) / deviation, np.nan)[drawn]
+            known = np.isfinite(error)
+            square = np.where(known, error, 0.0) ** 2
+            scales[s.sensor] = np.sqrt((square.sum(0) + 1.0) / (known.sum(0) + 1.0))
         if isinstance(guess, RidgeConfig):
-            normal, sd = _normal(found[s.sensor], r)
-            z = (r.values - normal) / sd
             near = _around(_place(cfg, r), headings(r), guess)
             ridges[s.sensor] = fit_ridge(guess, z, about(r.latitude, r.longitude, _view(r), _time(r)), near)
-    return Fitted(found, ridges)
+    return Fitted(found, ridges, scales)
 
 
 def about(latitude: Any, longitude: Any, view_angle: Any, time: Any) -> np.ndarray:
@@ -384,7 +397,8 @@ class Scenes:
         if isinstance(cfg, KrigingConfig):
             rows = None if wanted is None else wanted.any(1)
             at = (p["latitude"], p["longitude"], p["height"])
-            return krige(cfg, *at, value, seen, wanted=rows, group=apart)
+            mean, deviation = krige(cfg, *at, value, seen, wanted=rows, group=apart)
+            return mean, deviation * self.fitted.scales[name]
         return np.zeros_like(value), np.ones_like(value)
 
     def features(self, name: str, nearby: int = 8) -> np.ndarray:
