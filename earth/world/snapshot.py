@@ -52,6 +52,7 @@ from moe.training import Mean
 
 _FAR = 1e4  # of anchors that are not there, in lengths
 _CLIP = 8.0
+_HUBER = 2.0
 _BLOCK = 40_000
 _CALIBRATION = 1000
 _LEAST = 1e-3  # of a first guess's deviation, in standard deviations
@@ -500,8 +501,9 @@ def predict(net: Reading, scene: Mapping[str, Any], *, cfg: SnapshotConfig) -> d
 
 
 def loss(net: Reading, batch: Mapping[str, Any], rng: Any, *, cfg: SnapshotConfig) -> tuple[Any, Any]:
-    """Squared error of what was hidden in units of the first guess's deviation, and a quarter of the Gaussian
-    likelihood of the spread about it (whose gradient stops at the mean): {objective per sensor}, metrics.
+    """Of what was hidden, in units of the first guess's deviation: the square of the error, linear from 2 on (Huber, for
+    files hold gross errors), and a quarter of the Gaussian likelihood of the spread about it (whose gradient stops at
+    the mean): {objective per sensor}, metrics.
     """
     del rng
     scene = jax.tree.map(lambda x: x[0], batch)
@@ -517,7 +519,9 @@ def loss(net: Reading, batch: Mapping[str, Any], rng: Any, *, cfg: SnapshotConfi
         sd = jnp.clip(log_spread, -4.0, 3.0)
         nll = sd + 0.5 * jax.lax.stop_gradient(error) ** 2 * jnp.exp(-2 * sd)
         weight = hidden * cfg.weight(s)
-        objective[name] = Mean(jnp.sum(weight * (error**2 + 0.25 * nll)), jnp.sum(weight))
+        objective[name] = Mean(
+            jnp.sum(weight * (2.0 * optax.huber_loss(error, delta=_HUBER) + 0.25 * nll)), jnp.sum(weight)
+        )
         metrics[f"model/{name}"] = Mean(jnp.sum(weight * error**2), jnp.sum(weight))
         metrics[f"guess/{name}"] = Mean(jnp.sum(weight * wanted**2), jnp.sum(weight))
     return objective, metrics
