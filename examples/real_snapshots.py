@@ -465,9 +465,9 @@ def sondes(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
     truth, log_p = r.values[:, column].astype(float), np.log(r.pressure)
     block = boxes(r.latitude, r.longitude, 10.0)
     cfg = SnapshotConfig(
-        sensors=(SensorConfig("radiosonde", r.variables, 2 * budget.tokens),),
+        sensors=(SensorConfig("radiosonde", r.variables, 3 * budget.tokens),),
         field=SceneField(
-            anchors=2 * budget.tokens, length_km=500.0, vertical_km=1.0, core=0.5, neighbours=min(10, budget.tokens),
+            anchors=3 * budget.tokens, length_km=500.0, vertical_km=1.0, core=0.5, neighbours=min(10, budget.tokens),
             reach=min(16, budget.tokens),
         ),
         network=NetworkConfig(width=budget.width, heads=8, key=8, dynamics_layers=0),

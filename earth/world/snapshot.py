@@ -501,7 +501,7 @@ def predict(net: Reading, scene: Mapping[str, Any], *, cfg: SnapshotConfig) -> d
 
 
 def loss(net: Reading, batch: Mapping[str, Any], rng: Any, *, cfg: SnapshotConfig) -> tuple[Any, Any]:
-    """Of what was hidden, in units of the first guess's deviation: the square of the error, linear from 2 on (Huber, for
+    """Of what was hidden, in units of the first guess's deviation: the square of the error, linear from 2 on (Huber:
     files hold gross errors), and a quarter of the Gaussian likelihood of the spread about it (whose gradient stops at
     the mean): {objective per sensor}, metrics.
     """
