@@ -402,11 +402,11 @@ def metar(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
     hidden = np.repeat(test[:, None], len(r.variables), 1)
     for model, error in (
         ("lapse + IDW", idw(2.0, ~test, test, 1.0)), ("lapse + IDW, tuned", idw(power, ~test, test, least)),
-        ("kriging, height drift", kriging.errors(kernel, ~test, test)),
+        ("kriging, tuned", kriging.errors(kernel, ~test, test)),
     ):  # fmt: skip
         out.append(errors_of("held-out airports", model, holdout, 0, block[test], error))
     for seed in range(budget.seeds if not holdout else 1):
-        params = train(known, fitted, one, _training(budget, 100 * holdout + seed, reports=0.25))
+        params = train(known, fitted, one, _training(budget, 100 * holdout + seed, reports=0.25, turn=30.0, lift=300.0))
         mean, _ = reconstruct(params, {"station": r}, {"station": hidden}, cfg=one)["station"]
         error = mean[test, column] - truth[test]
         out.append(errors_of("held-out airports", OURS, holdout, seed, block[test], error))
@@ -493,12 +493,13 @@ def sondes(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
         fitted = fit({"radiosonde": known}, one, normals=normals)
         found = {
             "normal": (kriging.normal - truth)[rows],
-            "kriging, height drift": kriging.errors(kernel, given, rows),
+            "kriging, tuned": kriging.errors(kernel, given, rows),
         }
         if target == "hidden levels":
             found["linear in ln p"] = (between - truth)[rows]
         for seed in range(budget.seeds if not holdout else 1):
             hide = {"reports": 0.2} if target == "hidden levels" else {"platforms": 0.2}
+            hide |= {"turn": 10.0}
             params = train({"radiosonde": known}, fitted, one, _training(budget, 100 * holdout + seed, **hide))
             asked = np.repeat(rows[:, None], len(r.variables), 1)
             blank = dataclasses.replace(r, values=np.where(hidden, np.nan, r.values))

@@ -135,6 +135,10 @@ class SnapshotTrainConfig:
       reports, platforms: shares of a scene's reports and of its platforms that are hidden wholly.
       variables: of each sensor at most so many are hidden in a whole scene, as many scenes for every number from 1 on;
         0 hides none. sets: distinct sets of variables that are hidden, for a regression is solved for each.
+      turn: turn every scene about the pole by any angle and then along its meridian by up to so many degrees, so that the
+        network cannot learn by heart what is at a place of a single snapshot; 0 leaves scenes where they are. Normals
+        and first guesses are of the true place. What goes with the sun or the coast is not learned then.
+      lift: and raise or lower it by up to so many m.
       ema: decay of the averaged parameters that are returned. seed: of weights, scenes and hiding.
     """
 
@@ -146,6 +150,8 @@ class SnapshotTrainConfig:
     platforms: float = 0.0
     variables: int = 0
     sets: int = 40
+    turn: float = 0.0
+    lift: float = 0.0
     ema: float = 0.99
     seed: int = 0
     checkpoint_every: int = 500
@@ -159,6 +165,8 @@ class SnapshotTrainConfig:
             )
         if not (self.reports or self.platforms or self.variables):
             raise ValueError("nothing is hidden, so nothing is learned: give reports, platforms or variables above 0")
+        if not 0 <= self.turn <= 90 or self.lift < 0:
+            raise ValueError(f"turn {self.turn} must lie in [0, 90] degrees and lift {self.lift} m not below 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,7 +451,41 @@ class Scenes:
             names, owner = np.unique(platform, return_inverse=True)
             keep &= (rng.random(len(names)) >= tcfg.platforms)[owner]
             shown[s.sensor] = keep[:, None] & ~_hidden_set(len(s.variables), tcfg, int(rng.integers(tcfg.sets)))
-        return self.scene(rows, shown, rng)
+        sample = self.scene(rows, shown, rng)
+        return self.turned(sample, tcfg.turn, tcfg.lift, rng) if tcfg.turn or tcfg.lift else sample
+
+    def turned(self, scene: Mapping[str, Any], turn: float, lift: float, rng: np.random.Generator) -> dict[str, Any]:
+        """The scene elsewhere: turned as a whole, by up to `turn` degrees along its meridian and by any angle about the
+        pole, and lifted by up to `lift` m. Distances, neighbours and directions within it stay.
+        """
+        anchors, up = scene["anchors"], rng.uniform(-lift, lift)
+        first = np.deg2rad(float(anchors.longitude[0]))
+        tilt, about = np.deg2rad(rng.uniform(-turn, turn)), 2 * np.pi * rng.random() if turn else 0.0
+        rotation = _turn(first + about, 2) @ _turn(tilt, 1) @ _turn(-first, 2)
+
+        def move(x: Any) -> dict[str, np.ndarray]:
+            unit = _unit(x.latitude, x.longitude) @ rotation.T
+            lat, lon = np.arcsin(np.clip(unit[:, 2], -1, 1)), np.arctan2(unit[:, 1], unit[:, 0])
+            found = {"latitude": np.rad2deg(lat), "longitude": np.rad2deg(lon), "height": x.height + up}
+            return {k: v.astype(np.float32) for k, v in found.items()}
+
+        moved = move(anchors)
+        there = anchors.place[:, 3] < _FAR / 2
+        place = host_place(self.cfg.field, **moved).astype(np.float32)
+        frame = np.array(anchors.frame)
+        frame[..., :3] = frame[..., :3] @ rotation.T.astype(np.float32)
+        at = dataclasses.replace(
+            anchors, **moved, place=np.where(there[:, None], place, anchors.place), frame=frame
+        )  # fmt: skip
+        tokens = {name: dataclasses.replace(t, **move(t)) for name, t in scene["tokens"].items()}
+        return dict(scene) | {"tokens": tokens, "anchors": at}
+
+
+def _turn(angle: float, axis: int) -> np.ndarray:
+    """[3, 3] rotation about the polar axis (2) or that of 90 E (1)."""
+    c, s = np.cos(angle), np.sin(angle)
+    rows = ((c, -s, 0.0), (s, c, 0.0), (0.0, 0.0, 1.0)) if axis == 2 else ((c, 0.0, s), (0.0, 1.0, 0.0), (-s, 0.0, c))
+    return np.array(rows)
 
 
 def _hidden_set(width: int, tcfg: SnapshotTrainConfig, number: int) -> np.ndarray:

@@ -10,10 +10,11 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import PolynomialFeatures
 
 from earth.geometry import EARTH_RADIUS_KM
+from earth.neighbours import nearest
 from earth.observations import EmptyWindowError, ObservationError, Reports, great_circle_km
 from earth.world.guess import KrigingConfig, RidgeConfig, fit_ridge, guess, krige, sides
 from earth.world.network import NetworkConfig
-from earth.world.records import SensorConfig
+from earth.world.records import SensorConfig, host_place
 from earth.world.snapshot import (
     SceneField,
     Scenes,
@@ -253,6 +254,28 @@ def test_scenes_have_anchors_at_their_reports_and_score_their_core_only(trained)
     )
     assert few["tokens"]["station"].mask[12:].sum() == 0
     assert (few["anchors"].place[12:, 3] > 1e3).all()
+
+
+def test_a_turned_scene_keeps_distances_neighbours_and_directions(trained):
+    scenes = Scenes({"station": stations(120)}, trained.fitted, CFG)
+    scene = scenes.draw(SnapshotTrainConfig(reports=0.4), np.random.default_rng(0))
+    moved = scenes.turned(scene, 30.0, 500.0, np.random.default_rng(1))
+    before, after = scene["anchors"], moved["anchors"]
+    assert np.abs(before.latitude - after.latitude).max() > 1
+    assert np.abs(before.height - after.height).max() > 1
+
+    def gaps(a):
+        offset = a.place[:, None] - a.place
+        return np.square(offset).sum(-1), np.einsum("nmp,mcp->nmc", offset, a.frame)
+
+    for x, y in zip(gaps(before), gaps(after), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-3)
+    t = moved["tokens"]["station"]
+    place = host_place(CFG.field, t.latitude, t.longitude, t.height)
+    near = nearest(place, after.place.astype(np.float64), CFG.field.neighbours)
+    np.testing.assert_allclose(near.radius2, t.near.radius2, rtol=1e-3, atol=1e-3)
+    assert (near.index[:, 0] == t.near.index[:, 0]).all()
+    np.testing.assert_array_equal(t.value, scene["tokens"]["station"].value)
 
 
 def test_a_file_of_several_scenes_is_answered_everywhere(trained):
