@@ -191,28 +191,33 @@ TITLES = {
 
 
 def picture(scores: pd.DataFrame, title: str) -> Figure:
-    """RMSE with its interval, a panel per target, models from best to worst."""
+    """RMSE with its interval, a panel per target; in brackets the ratio to the best baseline."""
     targets = list(dict.fromkeys(scores["target"]))
     columns = min(4, len(targets))
     rows = -(-len(targets) // columns)
     models = list(dict.fromkeys(scores["model"]))
     colours = dict(zip(models, itertools.cycle(report.PALETTE)))
-    figure = Figure(figsize=(2.7 * columns + 1.2, 0.9 + (0.5 + 0.24 * len(models)) * rows), layout="constrained")
+    figure = Figure(
+        figsize=(max(5.5, 2.7 * columns + 1.2), 0.9 + (0.5 + 0.24 * len(models)) * rows), layout="constrained"
+    )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, target in zip(axes, targets, strict=False):
+    for number, (axis, target) in enumerate(zip(axes, targets, strict=False)):
         part = scores[scores["target"] == target].set_index("model")
         there = [m for m in models if m in part.index]
         for i, model in enumerate(there):
             x, low, high = part.loc[model, ["rmse", "low", "high"]].astype(float)
             axis.plot([low, high], [i, i], color=colours[model], lw=2.0)
             axis.plot(x, i, "o", color=colours[model], ms=5)
-            axis.annotate(f"{x:.3g}", (x, i), (0, 4), textcoords="offset points", ha="center", fontsize=7)
-        axis.set(title=target, ylim=(len(there) - 0.4, -0.8))
+            text = f"{x:.3g}" if model == part["best"].iloc[0] else f"{x:.3g}  (x {part.loc[model, 'ratio']:.2f})"
+            axis.annotate(text, (x, i), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+        axis.set(ylim=(len(there) - 0.4, -0.8))
+        axis.set_title(target, fontsize=9)
+        axis.tick_params(labelsize=7)
         axis.set_yticks(range(len(there)), there, fontsize=7)
+        if number % columns and part.index.equals(scores[scores["target"] == targets[0]].set_index("model").index):
+            axis.tick_params(labelleft=False)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)
-        if axis is not axes[0] and there == [m for m in models if m in set(scores["model"])] and rows * columns > 1:
-            axis.tick_params(labelleft=list(axes).index(axis) % columns == 0)
     for axis in axes[len(targets) :]:
         axis.set_visible(False)
     figure.suptitle(f"{title}: RMSE and 90 % interval", fontsize=10)

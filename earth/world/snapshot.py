@@ -135,9 +135,9 @@ class SnapshotTrainConfig:
       reports, platforms: shares of a scene's reports and of its platforms that are hidden wholly.
       variables: of each sensor at most so many are hidden in a whole scene, as many scenes for every number from 1 on;
         0 hides none. sets: distinct sets of variables that are hidden, for a regression is solved for each.
-      turn: turn every scene about the pole by any angle and then along its meridian by up to so many degrees, so that the
+      turn: turn every scene about the pole by any angle and along its meridian by up to so many degrees, so that the
         network cannot learn by heart what is at a place of a single snapshot; 0 leaves scenes where they are. Normals
-        and first guesses are of the true place. What goes with the sun or the coast is not learned then.
+        and first guesses are of the true place. What goes with the sun is not learned then.
       lift: and raise or lower it by up to so many m.
       ema: decay of the averaged parameters that are returned. seed: of weights, scenes and hiding.
     """
