@@ -315,12 +315,15 @@ class Scenes:
     """Reports of a snapshot, to cut scenes from.
 
     Raises:
-      ObservationError: no reports of a sensor, or a position that is not finite.
+      ObservationError: no reports of a sensor.
     """
 
     def __init__(self, reports: Mapping[str, Reports], fitted: Fitted, cfg: SnapshotConfig):
         self.cfg, self.fitted = cfg, fitted
         chosen = {s.sensor: select(reports, s) for s in cfg.sensors}
+        for name, r in chosen.items():
+            if not len(r):
+                raise EmptyWindowError(f"{name} has no report; leave the sensor out of the config")
         last = max(int(r.time.max()) for r in chosen.values())
         self.end = window_end(last)
         self.parts: dict[str, dict[str, Any]] = {}
@@ -607,20 +610,17 @@ def train(
 def _without(
     reports: Mapping[str, Reports], hidden: Mapping[str, np.ndarray], cfg: SnapshotConfig
 ) -> dict[str, Reports]:
+    blank = {s.sensor: select(reports, s) for s in cfg.sensors}
     for name, mask in hidden.items():
-        width = next((len(s.variables) for s in cfg.sensors if s.sensor == name), None)
-        if width is None:
-            raise ObservationError(f"hidden names {name!r}; the sensors are {[s.sensor for s in cfg.sensors]}")
-        if np.shape(mask) != (len(reports[name]), width):
+        if name not in blank:
+            raise ObservationError(f"hidden names {name!r}; the sensors are {sorted(blank)}")
+        r = blank[name]
+        if np.shape(mask) != r.values.shape:
             raise ObservationError(
-                f"hidden[{name!r}] has shape {np.shape(mask)}, not {(len(reports[name]), width)}: a row for each "
-                "report and a column for each of the config's variables"
+                f"hidden[{name!r}] has shape {np.shape(mask)}, not {r.values.shape}: a row for each report and a column "
+                "for each of the config's variables"
             )
-    blank = {}
-    for s in cfg.sensors:
-        r = select(reports, s)
-        values = np.where(hidden[s.sensor], np.nan, r.values) if s.sensor in hidden else r.values
-        blank[s.sensor] = dataclasses.replace(r, values=values)
+        blank[name] = dataclasses.replace(r, values=np.where(mask, np.nan, r.values))
     if not any(np.isfinite(r.values).any() for r in blank.values()):
         raise EmptyWindowError("everything there is is hidden; leave something to predict it from")
     return blank
