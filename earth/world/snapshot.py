@@ -617,8 +617,8 @@ def _without(
         r = blank[name]
         if np.shape(mask) != r.values.shape:
             raise ObservationError(
-                f"hidden[{name!r}] has shape {np.shape(mask)}, not {r.values.shape}: a row for each report and a column "
-                "for each of the config's variables"
+                f"hidden[{name!r}] has shape {np.shape(mask)}, not {r.values.shape}: a row for each report and a "
+                "column for each of the config's variables"
             )
         blank[name] = dataclasses.replace(r, values=np.where(mask, np.nan, r.values))
     if not any(np.isfinite(r.values).any() for r in blank.values()):
