@@ -363,7 +363,7 @@ def _boosted(
 TEMPERATURE = "2m_temperature"
 STATION = (TEMPERATURE, "2m_dewpoint_temperature")
 NEIGHBOURS = 16
-LENGTHS = {"horizontal_km": (150.0, 300.0, 600.0, 1200.0, 2400.0, 4800.0), "nugget": (0.02, 0.05, 0.1, 0.2, 0.4)}
+LENGTHS = {"horizontal_km": (150.0, 300.0, 600.0, 1200.0, 2400.0, 4800.0), "nugget": (0.005, 0.02, 0.05, 0.1, 0.2, 0.4)}
 
 
 def metar(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
