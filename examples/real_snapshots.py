@@ -477,7 +477,7 @@ def sondes(path: pathlib.Path, holdout: int, budget: Budget) -> pd.DataFrame:
         network=NetworkConfig(width=budget.width, heads=8, key=8, dynamics_layers=0),
         weights=tuple((v, 0.2) for v in r.variables if v != "temperature"),
     )  # fmt: skip
-    grid = {"vertical_m": (500.0, 1000.0, 2000.0, 4000.0, 8000.0), **LENGTHS}
+    grid = {"vertical_m": (125.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0), **LENGTHS}
     out = []
     rng = np.random.default_rng([13, holdout])
     station = (rng.permutation(len(r.platforms)) % 5 == 0)[r.platform]
