@@ -124,7 +124,7 @@ def test_ridge_guess_is_polynomial_ridge_regression_on_what_is_shown():
     rng = np.random.default_rng(0)
     value, extra = rng.normal(size=(300, 4)), rng.normal(size=(300, 2))
     value[:, 3] = value[:, 0] * extra[:, 1] - value[:, 1] + 0.1 * rng.normal(size=300)
-    made = fit_ridge(RidgeConfig(2, 0, 3.0), value, extra)
+    made = fit_ridge(RidgeConfig(2, 0, penalty=3.0), value, extra)
     shown = np.array([True, True, False, True])
     mean, _ = guess(made, value, np.broadcast_to(shown, value.shape), extra)
     for target, others in ((3, [0, 1]), (2, [0, 1, 3]), (0, [1, 3])):
