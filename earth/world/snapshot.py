@@ -398,7 +398,6 @@ class Scenes:
         seen: np.ndarray,
         *,
         wanted: np.ndarray | None = None,
-        apart: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(mean, deviation) [N, V] of the values of reports `p`, of those `wanted`, each from the others `seen`."""
         cfg = self.cfg.guess(name)
@@ -409,7 +408,7 @@ class Scenes:
         if isinstance(cfg, KrigingConfig):
             rows = None if wanted is None else wanted.any(1)
             at = (p["latitude"], p["longitude"], p["height"])
-            mean, deviation = krige(cfg, *at, value, seen, wanted=rows, group=apart)
+            mean, deviation = krige(cfg, *at, value, seen, wanted=rows)
             return mean, deviation * self.fitted.scales[name]
         return np.zeros_like(value), np.ones_like(value)
 
@@ -627,14 +626,12 @@ def _without(
 
 
 def first_guess(
-    fitted: Fitted, reports: Mapping[str, Reports], hidden: Mapping[str, np.ndarray], *, cfg: SnapshotConfig,
-    apart: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    fitted: Fitted, reports: Mapping[str, Reports], hidden: Mapping[str, np.ndarray], *, cfg: SnapshotConfig
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The first guess alone, from all reports at once: what a network has to beat.
 
     Args:
       reports, hidden: as for `reconstruct`.
-      apart: {sensor: [n] labels}: kriging leaves a report's own label out (a sounding without its own levels).
 
     Returns:
       {sensor: (mean, standard deviation) [n, V]}, SI, NaN where nothing was asked.
@@ -644,7 +641,7 @@ def first_guess(
     for name, wanted in hidden.items():
         p = scenes.parts[name]
         seen = np.isfinite(p["value"])
-        mean, deviation = scenes.guess(name, p, seen, wanted=wanted, apart=(apart or {}).get(name))
+        mean, deviation = scenes.guess(name, p, seen, wanted=wanted)
         found = p["normal"] + p["deviation"] * mean, p["deviation"] * deviation
         out[name] = (np.where(wanted, found[0], np.nan), np.where(wanted, found[1], np.nan))
     return out
