@@ -341,6 +341,7 @@ def _boosted(
         mean, _ = first_guess(fitted, {r.sensor: own}, {r.sensor: hidden[rows]}, cfg=cfg)[r.sensor]
         blank = dataclasses.replace(own, values=np.where(hidden[rows], np.nan, own.values))
         x = Scenes({r.sensor: blank}, fitted, cfg).features(r.sensor)
+        x = np.delete(x, [column, len(r.variables) + 5 + column], 1)  # the hidden channel itself: nothing but NaN
         return x, own.values[:, column].astype(float), mean[:, column]
 
     def run(fitted: Fitted, known: np.ndarray, asked: np.ndarray, on_ridge: bool) -> np.ndarray:
