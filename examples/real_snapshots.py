@@ -207,9 +207,10 @@ def picture(scores: pd.DataFrame, title: str) -> Figure:
             x, low, high = part.loc[model, ["rmse", "low", "high"]].astype(float)
             axis.plot([low, high], [i, i], color=colours[model], lw=2.0)
             axis.plot(x, i, "o", color=colours[model], ms=5)
-            text = f"{x:.3g}" if model == part["best"].iloc[0] else f"{x:.3g}  (x {part.loc[model, 'ratio']:.2f})"
+            text = f"{x:.3g}" if model == part["best"].iloc[0] else f"{x:.3g}  (× {part.loc[model, 'ratio']:.2f})"
             axis.annotate(text, (x, i), (0, 4), textcoords="offset points", ha="center", fontsize=7)
         axis.set(ylim=(len(there) - 0.4, -0.8))
+        axis.margins(x=0.2)
         axis.set_title(target, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.set_yticks(range(len(there)), there, fontsize=7)
