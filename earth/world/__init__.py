@@ -9,7 +9,8 @@
 
 `climate` has the normals, `records` the windows, `field` the anchors, `network` the learned maps, `model` the verbs,
 `training` the objective, `forecasts` forecasts at any points, `inversion` heads on the frozen trunk, `denial` the
-matrix of which sensor tells of which. Only sensors that report are read; nothing is ever on a grid.
+matrix of which sensor tells of which, `snapshot` scenes of a single file (fit, train, reconstruct of its own, with the
+first guesses of `guess`). Only sensors that report are read; nothing is ever on a grid.
 """
 
 from earth.world.climate import Climate as Climate
