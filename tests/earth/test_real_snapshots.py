@@ -67,6 +67,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow  # four trainings are compiled: over 90 s of one core
 def test_every_part_runs_and_writes_its_table_and_picture(folder, tmp_path):
     channels = ["--channels", "5", "8"]
     assert real_snapshots.main(["--data", str(folder), "--out", str(tmp_path), "--tiny", *channels]) == 0
