@@ -205,8 +205,8 @@ def test_points_that_are_not_there(kind, implementation):
 @pytest.mark.parametrize("kind", KINDS)
 def test_points_that_come_in_order_are_not_sorted(kind):
     """The TPU kernels in their interpreter: arranged or not, the same oracle; and no sort of the points is left."""
-    case = make(k=1)
-    order = arrangement(nearest(case.points, case.anchors, 1).index, case.anchors)
+    case = make()
+    order = arrangement(nearest(case.points, case.anchors, case.k).index, case.anchors)
     arranged = Case(case.points[order], case.anchors, case.frame, case.where[order], case.k)
     given = operands(arranged, kind)
     meet = arranged.pairs().replace(ordered=True)
