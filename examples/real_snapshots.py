@@ -24,7 +24,7 @@ import functools
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Budget)}
     budget = dataclasses.replace(TINY if args.tiny else Budget(), **{k: v for k, v in given.items() if v is not None})
-    parts: dict[str, Callable[[int], pd.DataFrame]] = {
+    parts: dict[Any, Callable[[int], pd.DataFrame]] = {
         "hirs": lambda h: hirs(args.data / args.hirs, args.sounder, args.channels, h, budget),
         "metar": lambda h: metar(args.data / args.metar, h, budget),
         "sondes": lambda h: sondes(args.data / args.sondes, h, budget),
@@ -113,15 +113,17 @@ def main(argv: list[str] | None = None) -> int:
                 "leave parts out with --parts"
             )
         args.out.mkdir(parents=True, exist_ok=True)
-        for holdout, part in itertools.product(range(budget.holdouts), args.parts):
+        for holdout, part in itertools.product(range(budget.holdouts), list[str](args.parts)):
             path = args.out / f"{part}_blocks.parquet"
-            found = pd.read_parquet(path) if path.exists() else None
-            if found is None or holdout not in set(found["holdout"]):
-                found = pd.concat([found, parts[part](holdout)], ignore_index=True)
+            found: Any = pd.read_parquet(path) if path.exists() else pd.DataFrame({"holdout": []})
+            if holdout not in set(found["holdout"]):
+                made = parts[part](holdout)
+                found = pd.concat([found, made], ignore_index=True) if len(found) else made
                 write(path, found.to_parquet)
             scores = table(found, budget.draws)
             write(args.out / f"{part}.csv", functools.partial(scores.to_csv, index=False))
-            print(f"\n{part}, {holdout + 1} of {budget.holdouts}\n{scores.round(4).to_string(index=False)}", flush=True)
+            text = scores.round(4).to_string(index=False)
+            print(f"\n{part}, {holdout + 1} of {budget.holdouts}\n{text}", flush=True)
             (args.out / f"{part}.png").write_bytes(report.png(picture(scores, TITLES[part])))
     except (ObservationError, DivergedError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -140,7 +142,7 @@ def errors_of(target: str, model: str, holdout: int, seed: int, block: np.ndarra
     """Sums of an error [n] by block: columns target, model, holdout, seed, block, square, absolute, n."""
     known = np.isfinite(error)
     frame = pd.DataFrame({"block": block[known], "square": error[known] ** 2, "absolute": np.abs(error[known]), "n": 1})
-    sums = frame.groupby("block", as_index=False).sum()
+    sums: Any = frame.groupby("block", as_index=False).sum()
     return sums.assign(target=target, model=model, holdout=holdout, seed=seed)
 
 
@@ -153,7 +155,8 @@ def table(errors: pd.DataFrame, draws: int) -> pd.DataFrame:
     for target, part in errors.groupby("target", sort=False):
         blocks = np.unique(part["block"])
         weights = resampling_weights(len(blocks), draws, 0)
-        sums = {}
+        sums: dict[Any, Any] = {}
+        own: Any
         for model, own in part.groupby("model", sort=False):
             share = own.groupby("holdout")["seed"].transform("nunique")
             s = own[["square", "absolute", "n"]].div(share, axis=0).groupby(own["block"]).sum()
@@ -351,14 +354,15 @@ def _boosted(
         there = np.flatnonzero(np.isfinite(y))
         there = np.random.default_rng(0).choice(there, min(len(there), ROWS), replace=False)
         model = HistGradientBoostingRegressor(
-            max_iter=budget.trees, learning_rate=0.08, max_leaf_nodes=31, early_stopping=False, random_state=0
-        )  # pyright: ignore[reportArgumentType]
+            max_iter=budget.trees, learning_rate=0.08, max_leaf_nodes=31, random_state=0,
+            early_stopping=False,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
         return model.fit(x[there], (y - base)[there]).predict(x_asked) + base_asked - y_asked
 
     trial = dataclasses.replace(fits[1], normals=fits[0])
     trial = fit({r.sensor: r.take(inner[0])}, cfg, normals=trial.normals)
-    tried = [rms(run(trial, *inner, on_ridge)) for on_ridge in (False, True)]
-    return run(fits[1], *outer, bool(tried[1] < tried[0]))
+    tried = [rms(run(trial, inner[0], inner[1], on_ridge)) for on_ridge in (False, True)]
+    return run(fits[1], outer[0], outer[1], bool(tried[1] < tried[0]))
 
 
 # -------------------------------------------------------------------------------------------------------------- metar
@@ -433,11 +437,17 @@ class _Kriging:
     ) -> np.ndarray:
         """Of the rows asked for, predicted from those given; a row, or with `apart` its label, never from itself."""
         shown = np.isfinite(self.value) & given[:, None]
-        mean, _ = krige(kernel, *self.place, np.where(shown, self.value, 0.0), shown, wanted=asked, group=apart)
+        latitude, longitude, height = self.place
+        filled = np.where(shown, self.value, 0.0)
+        mean, _ = krige(kernel, latitude, longitude, height, filled, shown, wanted=asked, group=apart)
         return ((mean - self.value)[:, 0] * self.deviation)[asked]
 
     def tune(
-        self, known: np.ndarray, grid: dict[str, Sequence[float]], start: KrigingConfig, apart: np.ndarray | None = None
+        self,
+        known: np.ndarray,
+        grid: Mapping[str, Sequence[float]],
+        start: KrigingConfig,
+        apart: np.ndarray | None = None,
     ) -> KrigingConfig:
         """The kernel that predicts a draw of the known rows best, each (or its label) left out: one parameter after the
         other, twice around, then with and without drift and smoothness.

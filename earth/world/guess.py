@@ -115,7 +115,8 @@ def _neighbours(
     own = np.arange(len(place)) if group is None else group
     extra = 1 if group is None else int(np.bincount(np.unique(group[known], return_inverse=True)[1]).max())
     count = min(k + extra, len(known))
-    index = tree.query(place[rows], np.arange(1, count + 1))[1]
+    ranks: Any = np.arange(1, count + 1)
+    index = tree.query(place[rows], ranks)[1]
     found = known[index]
     order = np.argsort(own[found] == own[rows][:, None], axis=1, kind="stable")  # its own last
     found = np.take_along_axis(found, order, 1)

@@ -208,8 +208,8 @@ def specs(cfg: SnapshotConfig) -> Reading:
         )  # fmt: skip
         senses[s.sensor] = dataclasses.replace(net.senses[s.sensor], form=form)
         told[s.sensor] = dense(5 * v + 3, hidden)
-    parts = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
-    return Reading(**parts | {"senses": senses}, told=told)
+    parts: dict[str, Any] = {f.name: getattr(net, f.name) for f in dataclasses.fields(net)}
+    return Reading(**{**parts, "senses": senses}, told=told)
 
 
 def fit(
@@ -252,7 +252,10 @@ def about(latitude: Any, longitude: Any, view_angle: Any, time: Any) -> np.ndarr
     square, cosine of the solar zenith angle, 0 at night.
     """
     view, y = np.asarray(view_angle) / 60.0, np.sin(np.deg2rad(np.asarray(latitude)))
-    sun = np.maximum(np.asarray(geometry.solar_cosine(time, np.float32(latitude), np.float32(longitude))), 0.0)
+    sun = np.maximum(
+        np.asarray(geometry.solar_cosine(time, np.asarray(latitude, np.float32), np.asarray(longitude, np.float32))),
+        0.0,
+    )
     return np.stack([view, view**2, y, y**2, sun], -1).astype(np.float64)
 
 
@@ -403,10 +406,11 @@ class Scenes:
         cfg = self.cfg.guess(name)
         value = np.where(seen, p["value"], 0.0)
         if isinstance(cfg, RidgeConfig):
-            near, columns = _around(p["place"], p["along"], cfg), None if wanted is None else wanted.any(0)
+            near = _around(p["place"], p["along"], cfg)
+            columns: Any = None if wanted is None else wanted.any(0)
             return guess_from_others(self.fitted.ridges[name], value, seen, p["about"], near, wanted=columns)
         if isinstance(cfg, KrigingConfig):
-            rows = None if wanted is None else wanted.any(1)
+            rows: Any = None if wanted is None else wanted.any(1)
             at = (p["latitude"], p["longitude"], p["height"])
             mean, deviation = krige(cfg, *at, value, seen, wanted=rows)
             return mean, deviation * self.fitted.scales[name]
@@ -704,7 +708,7 @@ def _cover(
     hidden has been in the core of one.
     """
     cfg = scenes.cfg
-    left = {name: np.asarray(mask).any(1) for name, mask in hidden.items()}
+    left: dict[str, Any] = {name: np.asarray(mask).any(1) for name, mask in hidden.items()}
     while any(rows.any() for rows in left.values()):
         name = next(name for name, rows in left.items() if rows.any())
         near = scenes.near(name, int(np.flatnonzero(left[name])[0]))

@@ -1,5 +1,7 @@
 """The example on real snapshots, on small files in the layout of the published ones."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,7 +79,7 @@ def test_every_part_runs_and_writes_its_table_and_picture(folder, tmp_path):
         "sondes": ({"hidden levels", "held-out stations"}, {"kriging, tuned", "normal"}),
     }
     for part, (targets, models) in wanted.items():
-        scores = pd.read_csv(tmp_path / f"{part}.csv")
+        scores: Any = pd.read_csv(tmp_path / f"{part}.csv")
         assert set(scores["target"]) == targets
         assert models | {real_snapshots.OURS} <= set(scores["model"])
         assert (scores["low"] <= scores["rmse"] + 1e-9).all()

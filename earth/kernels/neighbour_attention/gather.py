@@ -74,7 +74,9 @@ def backward(
     """
     operands = tuple(a.astype(jnp.float32) for a in (query, key, value, decay))
     if coefficient is None:
-        _, pull = jax.vjp(lambda *a: _sums(*a, None, pairs, total, side), *operands)
+        _, pull = jax.vjp(lambda q, k, v, d: _sums(q, k, v, d, None, pairs, total, side), *operands)
         return *pull((grad.astype(jnp.float32), -rest)), None
-    _, pull = jax.vjp(lambda *a: _sums(*a, pairs, total, side), *operands, coefficient.astype(jnp.float32))
+    _, pull = jax.vjp(
+        lambda q, k, v, d, c: _sums(q, k, v, d, c, pairs, total, side), *operands, coefficient.astype(jnp.float32)
+    )
     return pull((grad.astype(jnp.float32), -rest))
