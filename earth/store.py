@@ -85,8 +85,8 @@ def _skeleton(described: Mapping[str, Any], classes: Mapping[str, type], directo
         known, found = {f.name for f in dataclasses.fields(classes[name])}, set(described["fields"])
         if known != found:
             raise checkpoint.CheckpointStructureError(
-                f"{directory}: its {name} differs from today's by {sorted(known ^ found)}; it was written by another "
-                "version of the library: train anew, or open it with that version"
+                f"{directory}: its {name} differs from today's by {sorted(known ^ found)}; it is another kind of "
+                "model, or written by another version of the library: open it with that, or train anew"
             )
         return classes[name](**{k: _skeleton(v, classes, directory) for k, v in described["fields"].items()})
     if "dict" in described:
