@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from earth.geometry import EARTH_RADIUS_KM, Array, distance_km
+from earth.geometry import EARTH_RADIUS_KM, Array, distance_km, unit_vector
 from moe.params import Param
 
 _HEIGHT_KM_PER_KM = 100.0
@@ -120,8 +120,7 @@ def fit_anchors(latitude: np.ndarray, longitude: np.ndarray, height: np.ndarray,
     if len(points) > count:
         from sklearn.cluster import KMeans
 
-        lat, lon = np.deg2rad(points[:, 0]), np.deg2rad(points[:, 1])
-        sphere = EARTH_RADIUS_KM * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
+        sphere = EARTH_RADIUS_KM * unit_vector(points[:, 0], points[:, 1], xp=np)
         space = np.concatenate([sphere, points[:, 2:] * _HEIGHT_KM_PER_KM / 1000.0], 1)
         centres = KMeans(count, n_init=4, random_state=0).fit(space).cluster_centers_  # pyright: ignore[reportArgumentType]
         nearest = np.square(space[:, None] - centres[None]).sum(-1).argmin(0)

@@ -38,10 +38,12 @@ def datetimes(time: Any) -> Any:
     return (EPOCH + np.asarray(time).astype("timedelta64[s]")).astype("datetime64[ns]")
 
 
-def unit_vector(latitude: Float[Array, "*#n"], longitude: Float[Array, "*#n"]) -> Float[Array, "*#n 3"]:
-    """Degrees -> Cartesian unit vector (x to 0E, y to 90E, z to the north pole)."""
-    lat, lon = jnp.deg2rad(latitude), jnp.deg2rad(longitude)
-    return jnp.stack([jnp.cos(lat) * jnp.cos(lon), jnp.cos(lat) * jnp.sin(lon), jnp.sin(lat)], -1)
+def unit_vector(
+    latitude: Float[Array, "*#n"], longitude: Float[Array, "*#n"], *, xp: Any = jnp
+) -> Float[Array, "*#n 3"]:
+    """Degrees -> Cartesian unit vector (x to 0E, y to 90E, z to the north pole); `xp` as for `harmonics`."""
+    lat, lon = xp.deg2rad(latitude), xp.deg2rad(longitude)
+    return xp.stack([xp.cos(lat) * xp.cos(lon), xp.cos(lat) * xp.sin(lon), xp.sin(lat)], -1)
 
 
 def harmonics(latitude: Any, longitude: Any, degree: int, *, xp: Any = jnp) -> Any:

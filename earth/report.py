@@ -8,6 +8,7 @@ units are those of the table given.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -21,7 +22,8 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -728,6 +730,21 @@ class Section:
     text: str = ""
     figures: Sequence[tuple[str, Figure]] = ()
     tables: Sequence[tuple[str, pd.DataFrame]] = ()
+
+
+class Clock:
+    """Wall time by phase, printed as it goes and kept for the report."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        print(f"\n== {phase}", flush=True)
+        begun = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - begun
+        print(f"== {phase}: {self.seconds[phase]:.0f} s", flush=True)
 
 
 _CSS = """

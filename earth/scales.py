@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from earth.field import fibonacci_anchors
 from earth.geometry import harmonic_degrees, harmonics
 
 
@@ -21,10 +22,8 @@ def even_points(degree: int, *, oversampling: float = 3.0) -> tuple[np.ndarray, 
     """(latitude, longitude) in degrees of a Fibonacci sphere that determines an expansion to `degree`: `oversampling`
     points for each of its (degree + 1)^2 coefficients.
     """
-    count = int(np.ceil(oversampling * (degree + 1) ** 2))
-    i = np.arange(count) + 0.5
-    longitude = (np.rad2deg(np.pi * (1 + 5**0.5) * i) + 180) % 360 - 180
-    return np.rad2deg(np.arcsin(1 - 2 * i / count)), longitude
+    points = fibonacci_anchors(int(np.ceil(oversampling * (degree + 1) ** 2)), (0.0,))
+    return np.asarray(points.latitude, np.float64), np.asarray(points.longitude, np.float64)
 
 
 def power_by_degree(

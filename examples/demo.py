@@ -14,12 +14,10 @@ Running it again with the same OUT starts from the finished nature runs and the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,21 +39,6 @@ from moe import training
 HEIGHT, PRESSURE = 5500.0, 50_000.0  # of the upper-air map
 
 
-class Clock:
-    """Wall time by phase, printed as it goes and kept for the report."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        print(f"\n== {phase}", flush=True)
-        begun = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - begun
-        print(f"== {phase}: {self.seconds[phase]:.0f} s", flush=True)
-
-
 def seeded(run: OsseConfig, seed: int) -> OsseConfig:
     return dataclasses.replace(run, nature=dataclasses.replace(run.nature, seed=2 * seed + run.nature.seed))
 
@@ -63,7 +46,7 @@ def seeded(run: OsseConfig, seed: int) -> OsseConfig:
 def run(demo: Demo, out: pathlib.Path, *, seed: int = 0, progress: bool = True) -> pd.DataFrame:
     """The whole demonstration; returns the table of scores.csv."""
     out.mkdir(parents=True, exist_ok=True)
-    clock, begun = Clock(), time.perf_counter()
+    clock, begun = report.Clock(), time.perf_counter()
     with clock("simulating two atmospheres and what instruments see of them"):
         past, new = (observe(seeded(r, seed), cache=out / "nature", progress=progress) for r in (demo.train, demo.test))
         held = held_out_platforms(new.platforms, demo.protocol)
@@ -170,7 +153,7 @@ def maps(demo: Demo, truth: Truth, model: Any, wanted: pd.DataFrame) -> tuple[li
 
 
 def write(
-    demo: Demo, out: pathlib.Path, clock: Clock, seed: int, tables: Any, rows: Any, places: Any, curve: pd.DataFrame
+    demo: Demo, out: pathlib.Path, clock: report.Clock, seed: int, tables: Any, rows: Any, places: Any, curve: Any
 ) -> None:
     """PNG files and report.html."""
     scores, wide, limits = tables

@@ -14,13 +14,12 @@ Running it again with the same OUT starts from the finished nature run and from 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,21 +61,6 @@ GROUPS = {
     "truth_far": "truth, far from it",
 }
 MAP_LEAD = 24.0
-
-
-class Clock:
-    """Wall time by phase, printed as it goes and kept for the report."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        print(f"\n== {phase}", flush=True)
-        begun = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - begun
-        print(f"== {phase}: {self.seconds[phase]:.0f} s", flush=True)
 
 
 def split(demo: Demo, start: np.datetime64, stations: Sequence[str]) -> Protocol:
@@ -182,7 +166,7 @@ def baseline_forecasts(
 def run(demo: Demo, out: pathlib.Path, *, seed: int = 0, progress: bool = True) -> pd.DataFrame:
     """The whole demonstration; returns the table of scores.csv."""
     out.mkdir(parents=True, exist_ok=True)
-    clock = Clock()
+    clock = report.Clock()
     begun = time.perf_counter()
     osse = dataclasses.replace(demo.osse, seed=seed, nature=dataclasses.replace(demo.osse.nature, seed=seed))
     with clock("simulating the atmosphere and its observations"):
@@ -452,7 +436,7 @@ def figures(r: Results) -> dict[str, dict[str, tuple[str, Figure]]]:
     return out
 
 
-def write(r: Results, out: pathlib.Path, clock: Clock, seed: int) -> None:
+def write(r: Results, out: pathlib.Path, clock: report.Clock, seed: int) -> None:
     """PNG files and report.html."""
     drawn = figures(r)
     for part in drawn.values():

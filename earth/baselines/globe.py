@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from earth.baselines.panel import BaselineError
-from earth.geometry import harmonic_degrees, harmonics, standard_pressure
+from earth.geometry import harmonic_degrees, harmonics, standard_pressure, unit_vector
 
 MODELS = ("climatology", "persistence", "oi_persistence", "oi_damped", "var", "oi_var")
 QUANTITIES = ("temperature", "u_component_of_wind", "v_component_of_wind", "surface_pressure")
@@ -437,7 +437,7 @@ class _Nodes:
 
 def _nodes(points: Points) -> _Nodes:
     lat, lon = np.deg2rad(points.latitude), np.deg2rad(points.longitude)
-    place = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
+    place = np.asarray(unit_vector(points.latitude, points.longitude, xp=np))
     east = np.stack([-np.sin(lon), np.cos(lon), np.zeros_like(lon)], -1)
     north = np.stack([-np.sin(lat) * np.cos(lon), -np.sin(lat) * np.sin(lon), np.cos(lat)], -1)
     which = points.quantity[:, None]

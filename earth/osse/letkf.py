@@ -32,7 +32,7 @@ import xarray as xr
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from earth.geometry import standard_pressure
+from earth.geometry import standard_pressure, unit_vector
 from earth.osse.nature import GAS_CONSTANT, GRAVITY, Core, NatureConfig, OsseError, dynamical_core, nature_run
 from earth.osse.orbits import ground_arc
 from earth.osse.radiation import brightness_temperature
@@ -414,7 +414,7 @@ def assimilate(
     carries = [core.restore({name: x[m] for name, x in members.items()}, 0.0) for m in range(cfg.members)]
     times = table["time"].to_numpy()
     lat, lon = np.meshgrid(core.latitude, core.longitude, indexing="xy")  # [longitude, latitude]
-    grid = _unit(lat.ravel(), lon.ravel())
+    grid = np.asarray(unit_vector(lat.ravel(), lon.ravel(), xp=np))
     analyses: dict[np.datetime64, Ensemble] = {}
     rows = []
     count = int((wanted.max() - first) / cycle)
@@ -536,18 +536,13 @@ def _update(
     return posterior, summary
 
 
-def _unit(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    lat, lon = np.deg2rad(latitude), np.deg2rad(longitude)
-    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
-
-
 def _neighbours(cfg: LetkfConfig, some: pd.DataFrame, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The nearest observations [column, k] and their horizontal localisation.
 
     The count is always the same, so that one program serves all cycles; missing ones have weight 0.
 
     """
-    place = _unit(some["latitude"].to_numpy(float), some["longitude"].to_numpy(float))
+    place = np.asarray(unit_vector(some["latitude"].to_numpy(float), some["longitude"].to_numpy(float), xp=np))
     distance = _RADIUS * np.arccos(np.clip(grid @ place.T, -1, 1))
     count = min(cfg.neighbours, len(some))
     nearest = np.argpartition(distance, count - 1, axis=1)[:, :count]

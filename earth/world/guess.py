@@ -83,7 +83,7 @@ def krige(
     n, width = value.shape
     place = np.concatenate(
         [
-            np.asarray(_unit(latitude, longitude)) * (geometry.EARTH_RADIUS_KM / cfg.horizontal_km),
+            unit_vectors(latitude, longitude) * (geometry.EARTH_RADIUS_KM / cfg.horizontal_km),
             (np.asarray(height, np.float64) / cfg.vertical_m)[:, None],
         ],
         -1,
@@ -103,9 +103,9 @@ def krige(
     return mean, deviation
 
 
-def _unit(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    lat, lon = np.deg2rad(np.asarray(latitude, np.float64)), np.deg2rad(np.asarray(longitude, np.float64))
-    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
+def unit_vectors(latitude: Any, longitude: Any) -> Any:
+    """`geometry.unit_vector` on the host, float64."""
+    return geometry.unit_vector(np.asarray(latitude, np.float64), np.asarray(longitude, np.float64), xp=np)
 
 
 def _neighbours(

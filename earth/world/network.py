@@ -189,8 +189,8 @@ class Network:
     gate: Dense
     profile: Dense
     profile_out: Dense
-    step_noise: Noise | None = None
-    analysis_noise: Noise | None = None
+    step_noise: Any = None  # Noise
+    analysis_noise: Any = None  # Noise
 
 
 def _attention(cfg: NetworkConfig, d_in: int) -> Attention:

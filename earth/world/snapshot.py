@@ -41,7 +41,7 @@ from earth.observations import EmptyWindowError, ObservationError, Reports
 from earth.world import network
 from earth.world.climate import Climate, climate, fit_climate
 from earth.world.field import Anchors, FieldConfig
-from earth.world.guess import KrigingConfig, Ridge, RidgeConfig, fit_ridge, krige, means_nearby, sides
+from earth.world.guess import KrigingConfig, Ridge, RidgeConfig, fit_ridge, krige, means_nearby, sides, unit_vectors
 from earth.world.guess import guess as guess_from_others
 from earth.world.model import window_end
 from earth.world.network import Direct, Network, NetworkConfig
@@ -287,7 +287,7 @@ def headings(r: Reports) -> np.ndarray:
 
     What a scanner does alike in all its scans (registration of channels, limb) is fixed to its track, not to north.
     """
-    up = np.asarray(_unit(r.latitude, r.longitude))
+    up = unit_vectors(r.latitude, r.longitude)
     first = np.r_[True, (np.diff(r.platform) != 0) | (np.diff(r.time) != 0)]
     group = np.cumsum(first) - 1
     count = np.bincount(group)[:, None]
@@ -301,11 +301,6 @@ def headings(r: Reports) -> np.ndarray:
     north = np.stack([-np.sin(lat) * np.cos(lon), -np.sin(lat) * np.sin(lon), np.cos(lat)], -1)
     length = np.linalg.norm(move, axis=-1, keepdims=True)
     return np.where(length > 1e-6, move / np.maximum(length, 1e-6), north)
-
-
-def _unit(latitude: Any, longitude: Any) -> np.ndarray:
-    lat, lon = np.deg2rad(np.float64(latitude)), np.deg2rad(np.float64(longitude))
-    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
 
 
 def _around(place: np.ndarray, along: np.ndarray, cfg: RidgeConfig) -> np.ndarray:
@@ -434,7 +429,7 @@ class Scenes:
         far = np.zeros((cfg.anchors - count, 4))
         far[:, 3] = _FAR * (1 + np.arange(len(far)))
         frame = np.zeros((cfg.anchors, 3, 4), np.float32)
-        frame[:count, 0, :3] = np.cross(along, _unit(latitude, longitude))  # to the right
+        frame[:count, 0, :3] = np.cross(along, unit_vectors(latitude, longitude))  # to the right
         frame[:count, 1, :3] = along
         frame[:, 2, 3] = 1.0
         where = np.concatenate([where, far])
@@ -470,7 +465,7 @@ class Scenes:
         rotation = _turn(first + about, 2) @ _turn(tilt, 1) @ _turn(-first, 2)
 
         def move(x: Any) -> dict[str, np.ndarray]:
-            unit = _unit(x.latitude, x.longitude) @ rotation.T
+            unit = unit_vectors(x.latitude, x.longitude) @ rotation.T
             lat, lon = np.arcsin(np.clip(unit[:, 2], -1, 1)), np.arctan2(unit[:, 1], unit[:, 0])
             found = {"latitude": np.rad2deg(lat), "longitude": np.rad2deg(lon), "height": x.height + up}
             return {k: v.astype(np.float32) for k, v in found.items()}

@@ -619,7 +619,7 @@ def expert_layer(
                 **options,
             )
         y, load = flat(compute, params, *tokens)
-        return (y[None] if partial else y), load
+        return (y[None] if partial else y), load if with_load else None
 
     free = tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
     tokens = _spec(place.tokens)
@@ -631,7 +631,8 @@ def expert_layer(
     y, load = jax.shard_map(
         each,
         in_specs=(place.params, tokens, tokens, tokens),
-        out_specs=(_spec((partial, *place.tokens)) if partial else tokens, PartitionSpec(free)),
+        # only who asks for the loads names every axis: under a vmap one of them may be taken (spmd_axis_name)
+        out_specs=(_spec((partial, *place.tokens)) if partial else tokens, PartitionSpec(free) if with_load else None),
         axis_names=set(free),
         check_vma=False,
     )(params, x, index, weights)

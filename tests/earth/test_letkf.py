@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from configs import osse_global
+from earth.geometry import unit_vector
 from earth.osse import letkf, query
 from earth.osse.letkf import LetkfConfig, LetkfError
 from earth.osse.nature import NatureConfig, dynamical_core
@@ -78,7 +79,7 @@ def analysis(radius, depth=np.inf, relaxation=0.0, seed=2, count=30, neighbours=
     observed = rng.normal(size=(count, 6))
     departures, variance, level = rng.normal(size=count), rng.uniform(0.3, 2.0, count), rng.uniform(10, 11.5, count)
     place = pd.DataFrame({"latitude": lat, "longitude": lon})
-    nearest, weight = letkf._neighbours(cfg, place, letkf._unit(grid_lat, grid_lon))
+    nearest, weight = letkf._neighbours(cfg, place, unit_vector(grid_lat, grid_lon, xp=np))
     levels = np.broadcast_to(np.array([10.2, 10.8, 11.4])[:, None], (3, 12))
     arrays = (columns, observed, departures, variance, level)
     out = letkf.analyse(
@@ -162,7 +163,7 @@ def test_relaxation_draws_the_spread_back_and_leaves_the_mean():
 
 def test_fewer_neighbours_take_the_nearest():
     few, arrays, (lat, lon, glat, glon, _) = analysis(np.inf, neighbours=8)
-    place, grid = letkf._unit(lat, lon), letkf._unit(glat, glon)
+    place, grid = unit_vector(lat, lon, xp=np), unit_vector(glat, glon, xp=np)
     for c in range(12):
         near = np.argsort(-(grid[c] @ place.T))[:8]
         expected = global_etkf(arrays[0][..., c : c + 1], arrays[1][near], arrays[2][near], arrays[3][near])
