@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             write(args.out / f"{part}.csv", functools.partial(scores.to_csv, index=False))
             text = scores.round(4).to_string(index=False)
             print(f"\n{part}, {holdout + 1} of {budget.holdouts}\n{text}", flush=True)
-            (args.out / f"{part}.png").write_bytes(report.png(picture(scores, TITLES[part])))
+            drawn = report.png(picture(scores, TITLES[part]))
+            write(args.out / f"{part}.png", lambda path, drawn=drawn: path.write_bytes(drawn))
     except (ObservationError, DivergedError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
