@@ -14,6 +14,9 @@ saw. Stages:
 - `filter`: an ensemble Kalman filter that owns what the others must learn, the equations, at a coarser truncation: it
   stands for an operational centre (`earth.osse.letkf`);
 - `denial`: which sensor tells of which, beside the climate and a linear regression;
+- `inversion`: surface pressure and temperatures of the column from radiances alone, by a head on the frozen model that
+  learned from the reports of stations and sondes, beside the climate and a linear regression; and the weights over
+  height that the model learned for each channel beside the instruments' own;
 - `ensemble`: each model goes on learning with noise and two members; spread beside error, and the ranked probability
   score beside that of the deterministic forecast with its own spread;
 - `scales`: how much of the truth's variance the model's forecasts have, by scale (mean-squared errors blur), and one
@@ -22,7 +25,7 @@ saw. Stages:
 OUT keeps each stage's forecasts and models, so that a stage that was killed goes on and one that is finished is not run
 again. It receives table.csv (RMSE per model, group, variable and lead), ratios.csv (over the best statistical
 baseline), limits.csv (lead at which a forecast stops beating climatology), counts.csv (what the filter read),
-denial.csv, ensemble.csv, scales.csv, and figures rmse.png, denial.png, ensemble.png,
+denial.csv, inversion.csv, ensemble.csv, scales.csv, and figures rmse.png, denial.png, weighting.png, ensemble.png,
 scales.png.
 """
 
@@ -48,10 +51,11 @@ from configs import earth_global, osse_global
 from earth import verify, world
 from earth.baselines import globe
 from earth.export import appearing_complete
-from earth.geometry import standard_height
+from earth.geometry import standard_height, standard_pressure
 from earth.observations import to_reports
 from earth.osse import OsseConfig, World, caveats, letkf, observe, query
 from earth.osse.nature import dynamical_core
+from earth.osse.radiation import weighting_function
 from earth.osse.verification import (
     VerificationConfig,
     given_table,
@@ -63,8 +67,12 @@ from earth.osse.verification import (
 )
 from earth.report import PALETTE, STYLE, skill_by_group
 from earth.scales import compare_scales, even_points
+from earth.world import network
+from earth.world.climate import climate
+from earth.world.denial import nearby_means, regress
+from earth.world.model import window_end
 
-STAGES = ("world", "baselines", "filter", "denial", "ensemble", "scales")
+STAGES = ("world", "baselines", "filter", "denial", "inversion", "ensemble", "scales")
 SOUNDERS = ("simulated_amsua", "simulated_atms")
 DENIAL = {  # rows of the matrix
     "stations": ("station",),
@@ -81,6 +89,7 @@ SCALES = (  # sensor, variable, pressure in Pa
     ("radiosonde", "temperature", 50_000.0),
     ("radiosonde", "v_component_of_wind", 50_000.0),
 )
+PRODUCTS = {"station": ("surface_pressure", "lowest_level_temperature"), "radiosonde": ("temperature",)}
 PREDICTED = ("station", "radiosonde", *SOUNDERS, "aircraft")
 
 
@@ -192,16 +201,20 @@ def keep(path: pathlib.Path, forecasts: dict[str, Any]) -> None:
 # ---- the global model
 def fit_world(experiment: Experiment, seed: int, known: dict[str, Any]) -> world.Params:
     """Trains one model, or goes on, or reads it; `known` keeps the closed-form part and the records."""
-    plan = experiment.plan
-    if not known:
+    fitted, record = fit_parts(experiment, known)
+    config = dataclasses.replace(experiment.plan.training, seed=seed)
+    return world.train((record,), fitted, experiment.plan.model, config, experiment.out / f"world-{seed}")
+
+
+def fit_parts(experiment: Experiment, known: dict[str, Any]) -> tuple[world.Fitted, world.Record]:
+    """What all seeds share: normals, anchors and the training record."""
+    model = experiment.plan.model
+    if "fitted" not in known:
         reports = experiment.reports("train")
-        fitted = world.fit(reports, plan.model, statics=earth_global.statics)
+        fitted = world.fit(reports, model, statics=earth_global.statics)
         known["fitted"] = fitted
-        known["train"] = world.Record(
-            reports, plan.model.sensors, plan.model.field, fitted.anchors, fitted.normals, plan.model.step
-        )
-    config = dataclasses.replace(plan.training, seed=seed)
-    return world.train((known["train"],), known["fitted"], plan.model, config, experiment.out / f"world-{seed}")
+        known["train"] = world.Record(reports, model.sensors, model.field, fitted.anchors, fitted.normals, model.step)
+    return known["fitted"], known["train"]
 
 
 def test_record(experiment: Experiment, known: dict[str, Any]) -> world.Record:
@@ -251,6 +264,152 @@ def deny(experiment: Experiment) -> None:
     table = pd.concat(parts, ignore_index=True)
     table.to_csv(experiment.out / "denial.csv", index=False)
     denial_figure(table).savefig(experiment.out / "denial.png")
+
+
+# ---- products from radiances alone
+def products(experiment: Experiment, name: str, times: np.ndarray, held: bool) -> pd.DataFrame:
+    """Rows of time, place, sensor, variable, product (with its level), truth and the platform's own report: at stations
+    and radiosonde sites of a run, those that nobody may read or the others.
+    """
+    run, protocol = experiment.run(name), experiment.plan.protocol
+    own: Any = run.platforms["platform"][run.platforms["sensor"].isin(list(PRODUCTS))]
+    platforms = experiment.held if held else tuple(set(own) - set(experiment.held))
+    cfg = dataclasses.replace(
+        protocol, leads=(12,), station_variables=PRODUCTS["station"], sonde_variables=PRODUCTS["radiosonde"]
+    )
+    made = targets(run.truth, run.platforms, platforms, run.table, cfg, inits=times - np.timedelta64(12, "h"))
+    level = made["pressure"].to_numpy(float)
+    at = np.where(np.isfinite(level), standard_height(np.nan_to_num(level, nan=101_325.0)), made["height"])
+    labels = [f"{p / 100:.0f} hPa" if np.isfinite(p) else "ground" for p in level]
+    product = made["variable"].str.removeprefix("lowest_level_") + ", " + labels
+    return made.assign(time=made["valid_time"], height=at, product=product)
+
+
+def usual(fitted: world.Fitted, rows: pd.DataFrame, cfg: world.WorldConfig) -> np.ndarray:
+    """The normal of every row."""
+    out = np.full(len(rows), np.nan)
+    place = rows[["latitude", "longitude", "height"]].to_numpy(np.float32)
+    for (valid, sensor), index in rows.groupby(["time", "group"]).indices.items():
+        nadir, end = np.zeros(len(index), np.float32), window_end(seconds(valid))
+        mean, _ = climate(fitted.normals[sensor], *place[index].T, nadir, end)
+        columns = cfg.sensor(sensor).variables
+        which = np.array([columns.index(v) for v in rows["variable"].to_numpy()[index]])
+        out[index] = np.asarray(mean)[np.arange(len(index)), which]
+    return out
+
+
+def radiances_nearby(record: world.Record, rows: pd.DataFrame) -> np.ndarray:
+    """Features of the regression for every row: the sounders' reports around it in the last window."""
+    sounders = [s.sensor for s in record.sensors if s.sensor in SOUNDERS]
+    parts, order = [], []
+    for valid, index in rows.groupby("time").indices.items():
+        window = record.window(seconds(valid), np.random.default_rng(0))
+        latitude, longitude = rows[["latitude", "longitude"]].to_numpy(float)[index].T
+        parts.append(nearby_means(record, window, sounders, latitude, longitude))
+        order.append(index)
+    out = np.concatenate(parts)
+    out[np.concatenate(order)] = out.copy()
+    return out
+
+
+def seconds(time: Any) -> int:
+    return int(np.datetime64(time, "s").astype(np.int64))
+
+
+def invert_radiances(experiment: Experiment, wanted: pd.DataFrame) -> None:
+    """Heads learn departures from the normals where stations and sondes report, and are verified with the truth where
+    nobody does, on every second initial time of the test run.
+    """
+    plan, known = experiment.plan, dict[str, Any]()
+    given = {s.sensor: s.sensor in SOUNDERS for s in plan.model.sensors}
+    times = np.unique(wanted["init_time"].to_numpy("datetime64[s]"))[::2]
+    parts = []
+    for seed in experiment.seeds:
+        path = experiment.out / f"inversion-{seed}.csv"
+        if not path.exists():
+            if not known:
+                run = experiment.run("train").truth
+                first, last = (np.datetime64(t, "s") for t in (run.start, run.end))
+                step = np.timedelta64(round(plan.model.step), "h")
+                every = np.arange(first + plan.cycles * step, last, step)
+                past = every[np.unique(np.linspace(0, len(every) - 1, 120).astype(int))]
+                known["learn"] = products(experiment, "train", past, held=False)
+                known["ask"] = products(experiment, "test", times, held=True)
+                fitted, record = fit_parts(experiment, known)
+                for name in ("learn", "ask"):
+                    known[name]["usual"] = usual(fitted, known[name], plan.model)
+                learn: Any = known["learn"]
+                names = list(dict.fromkeys(learn["product"]))
+                departure = learn["observation"] - learn["usual"]
+                wide = learn.assign(**{n: departure.where(learn["product"] == n) for n in names})
+                known |= {
+                    "names": names,
+                    "wide": wide,
+                    "regression": regress(radiances_nearby(record, learn), wide[names].to_numpy(), 1e-2),
+                }
+            params = fit_world(experiment, seed, known)
+            icfg = world.InversionConfig(cycles=plan.cycles, seed=seed)
+            head = world.fit_inversion(
+                params, known["train"], known["wide"], known["names"], cfg=plan.model, icfg=icfg, given=given,
+                tokens=tokens(plan),
+            )  # fmt: skip
+            record, ask = test_record(experiment, known), known["ask"]
+            which = np.array([known["names"].index(p) for p in ask["product"]])
+            each = np.arange(len(ask))
+            linear = (radiances_nearby(record, ask) @ known["regression"])[each, which]
+            ours = np.zeros(len(ask))
+            place = ask[["latitude", "longitude", "height"]].to_numpy(float)
+            for valid, index in ask.groupby("time").indices.items():
+                state = world.analyse(
+                    params, record, valid, cycles=plan.cycles, cfg=plan.model, given=given, tokens=tokens(plan)
+                )
+                q = world.queries(plan.model, params.fitted.anchors, "station", *place[index].T)
+                mean, _ = world.invert(params, head, state, q, cfg=plan.model)
+                ours[index] = np.asarray(mean)[np.arange(len(index)), which[index]]
+            truth: Any = ask["truth"] - ask["usual"]
+            squares = pd.DataFrame(
+                {"rmse": (ours - truth) ** 2, "rmse_climate": truth**2, "rmse_regression": (linear - truth) ** 2}
+            )
+            table: Any = np.sqrt(squares.groupby(ask["product"], sort=False).mean()).reset_index()
+            table["ratio"] = table["rmse"] / table[["rmse_climate", "rmse_regression"]].min(axis=1)
+            with appearing_complete(path, overwrite=True) as temporary:
+                table.to_csv(temporary, index=False)
+            with appearing_complete(experiment.out / "weighting.png", overwrite=True) as temporary:
+                weighting_figure(plan, params).savefig(temporary, format="png")
+        parts.append(pd.read_csv(path).assign(seed=seed))
+    table = pd.concat(parts, ignore_index=True)
+    with appearing_complete(experiment.out / "inversion.csv", overwrite=True) as temporary:
+        table.to_csv(temporary, index=False)
+    columns = ["rmse", "rmse_climate", "rmse_regression", "ratio"]
+    print(table.groupby("product", sort=False)[columns].mean().to_string(float_format=lambda number: f"{number:.3g}"))
+
+
+def weighting_figure(plan: Plan, params: world.Params) -> Figure:
+    """Weights per ln p at nadir that the model learned for each channel, and the instruments' own."""
+    lengths = np.asarray(plan.model.network.heights)
+    pressure = standard_pressure(lengths)
+    depth = np.abs(np.gradient(np.log(pressure)))
+    fine = np.geomspace(2e3, 1e5, 200)
+    sounders = {s.sensor: s for s in plan.train.sounders}
+    configured = [s for s in plan.model.sensors if s.sensor in sounders]
+    with matplotlib.rc_context(STYLE):
+        out = Figure(figsize=(8, 3.6), layout="constrained")
+        for axis, s in zip(out.subplots(1, len(configured), squeeze=False)[0], configured, strict=True):
+            sense: Any = params.network.senses[s.sensor]
+            learned = np.asarray(network.weighting(sense.form, s, np.zeros(1), cfg=plan.model.network))[0] / depth
+            channels = {c.channel.number: c for c in sounders[s.sensor].channels}
+            for variable, curve, colour in zip(s.variables, learned, PALETTE, strict=False):
+                channel = channels[int(variable.split(":")[1])]
+                label = f"{channel.channel.frequency:.1f} GHz"
+                axis.plot(curve, pressure / 100, color=colour, marker="o", ms=2.5, label=label)
+                own = weighting_function((channel,), fine, np.zeros(()))[0]
+                axis.plot(own, fine / 100, color=colour, ls="--", lw=0.9)
+            axis.set(yscale="log", ylim=(1000, 20), xlim=(0, None), xlabel="weight per ln p at nadir", title=s.sensor)
+            axis.set_yticks([1000, 500, 200, 100, 50, 20], labels=["1000", "500", "200", "100", "50", "20"])
+            axis.minorticks_off()
+            axis.legend(fontsize=6.5, title="— learned  - - instrument")
+        out.axes[0].set_ylabel("hPa")
+    return out
 
 
 def fit_members(experiment: Experiment, seed: int, known: dict[str, Any]) -> world.Params:
@@ -558,6 +717,7 @@ def main(arguments: list[str] | None = None) -> int:
         "baselines": lambda: forecast_baselines(experiment, wanted),
         "filter": lambda: forecast_filter(experiment, wanted),
         "denial": lambda: deny(experiment),
+        "inversion": lambda: invert_radiances(experiment, wanted),
         "ensemble": lambda: measure_ensemble(experiment, wanted),
         "scales": lambda: measure_scales(experiment, wanted),
     }

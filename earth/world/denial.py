@@ -3,8 +3,8 @@
 Rows are sets of sensors that the analyses read, columns the sensor that is predicted at its own reports of the last
 window, none of which was read. Every cell is scored beside two baselines on the same reports: the climate, and a linear
 regression from the reports of the given sensors near the point. The regression is fitted on training windows; its
-features are, for every given sensor and variable, the mean anomaly of the reports of the window within one and within
-two spacings of the anchors, weighted by nearness, beside the share that was there (ours).
+features are, for every given sensor and variable, the mean anomaly of the reports of the window near the point,
+weighted by nearness at two lengths and shrunk to the climate where nothing is near (ours).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from scipy.spatial import KDTree
 
 from earth.world import forecasts, model
 from earth.world.model import Params, WorldConfig
-from earth.world.records import Record, host_place
+from earth.world.records import Record, Tokens, host_place
 
 _NEAR = 12
 _ROWS = 4000
@@ -65,7 +65,7 @@ def denial_matrix(
                     continue
                 state = forecasts.analyse(params, record, end, cycles=cycles, cfg=cfg, given=shown)
                 z, _ = read(state, {target: jax.tree.map(jnp.asarray, t)})[target]
-                linear = _features(record, window, others, target) @ weights
+                linear = nearby_means(record, window, others, t.latitude, t.longitude) @ weights
                 found = [t.value - np.asarray(z), t.value, t.value - linear]
                 squares.append([[(np.where(t.mask, e, 0.0) ** 2).sum(0) for e in found], [t.mask.sum(0)] * 3])
             if not squares:
@@ -92,12 +92,16 @@ def _seconds(time: Any) -> int:
     return int(np.datetime64(time, "s").astype(np.int64))
 
 
-def _features(record: Record, window: Mapping[str, Any], others: Sequence[str], target: str) -> np.ndarray:
-    """[N, F] of the target's reports: constant, and nearby means of the others."""
-    t = window[target]
-    at = host_place(record.field, *(np.asarray(x) for x in (t.latitude, t.longitude, 0 * t.height)))
+def nearby_means(
+    record: Record, window: Mapping[str, Tokens], sensors: Sequence[str], latitude: Any, longitude: Any
+) -> np.ndarray:
+    """[Q, F] features of a linear regression at points (degrees): a constant and, for every sensor and variable, the
+    means of a window's anomalies within half an anchor spacing and within one, weighted by nearness.
+    """
+    points = np.asarray(latitude), np.asarray(longitude)
+    at = host_place(record.field, *points, np.zeros(len(points[0])))
     parts = [np.ones((len(at), 1))]
-    for name in others:
+    for name in sensors:
         o = window[name]
         there = o.mask.any(-1)
         v = o.value.shape[-1]
@@ -115,20 +119,28 @@ def _features(record: Record, window: Mapping[str, Any], others: Sequence[str], 
     return np.concatenate(parts, -1)
 
 
-def _fit(record: Record, ends: Any, others: Sequence[str], target: str, penalty: float) -> np.ndarray:
-    x, y, m = [], [], []
-    for end in ends:
-        window = record.window(_seconds(end), np.random.default_rng(1))
-        t = window[target]
-        keep = t.mask.any(-1)
-        x.append(_features(record, window, others, target)[keep])
-        y.append(np.where(t.mask, t.value, 0.0)[keep])
-        m.append(t.mask[keep])
-    features, values, mask = np.concatenate(x), np.concatenate(y), np.concatenate(m)
+def regress(features: np.ndarray, values: np.ndarray, penalty: float) -> np.ndarray:
+    """[F, V] coefficients of a ridge of values [Q, V], NaN where they are not known, on `nearby_means`; the constant
+    is free.
+
+    Args:
+      penalty: in units of the features' mean square.
+    """
     out = np.zeros((features.shape[1], values.shape[1]))
-    for i in range(values.shape[1]):
-        a, b = features[mask[:, i]], values[mask[:, i], i]
+    for i, known in enumerate(np.isfinite(values).T):
+        a, b = features[known], values[known, i]
         gram = a.T @ a / len(a)
         ridge = penalty * np.diag(np.r_[0.0, np.full(len(gram) - 1, np.trace(gram) / len(gram))])
         out[:, i] = np.linalg.solve(gram + ridge, a.T @ b / len(a))
     return out
+
+
+def _fit(record: Record, ends: Any, others: Sequence[str], target: str, penalty: float) -> np.ndarray:
+    x, y = [], []
+    for end in ends:
+        window = record.window(_seconds(end), np.random.default_rng(1))
+        t = window[target]
+        keep = t.mask.any(-1)
+        x.append(nearby_means(record, window, others, t.latitude[keep], t.longitude[keep]))
+        y.append(np.where(t.mask, t.value, np.nan)[keep])
+    return regress(np.concatenate(x), np.concatenate(y), penalty)

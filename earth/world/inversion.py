@@ -65,7 +65,8 @@ def features(params: Params, state: State, queries: Tokens, *, cfg: WorldConfig)
 
 def fit_inversion(
     params: Params, record: Record, products: pd.DataFrame, names: Sequence[str], *, cfg: WorldConfig,
-    icfg: InversionConfig | None = None, given: Mapping[str, bool] | None = None, progress: bool = True,
+    icfg: InversionConfig | None = None, given: Mapping[str, bool] | None = None,
+    tokens: Mapping[str, int] | None = None, progress: bool = True,
 ) -> Inversion:  # fmt: skip
     """Fits a head for P products.
 
@@ -74,7 +75,7 @@ def fit_inversion(
       products: columns time (datetime64, of an analysis: any, but few distinct ones), latitude, longitude, height and
         the products; NaN where a product is not known.
       names: the products' columns.
-      given: sensors that the analyses may read; all by default.
+      given: sensors that the analyses may read; all by default. tokens: reports of a window, as for `analyse`.
 
     Raises:
       EmptyWindowError: a product without any value.
@@ -94,7 +95,7 @@ def fit_inversion(
 
     for time in tqdm(np.unique(times), desc="analyses", disable=not progress):
         rows = np.flatnonzero(times == time)
-        state = forecasts.analyse(params, record, time, cycles=icfg.cycles, cfg=cfg, given=given)
+        state = forecasts.analyse(params, record, time, cycles=icfg.cycles, cfg=cfg, given=given, tokens=tokens)
         place = products[["latitude", "longitude", "height"]].to_numpy(float)[rows]
         q = forecasts.queries(cfg, params.fitted.anchors, sensor, *forecasts.pad(place).T)
         found = np.asarray(collect(state, q))[: len(rows)]
