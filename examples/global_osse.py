@@ -289,9 +289,11 @@ def usual(fitted: world.Fitted, rows: pd.DataFrame, cfg: world.WorldConfig) -> n
     """The normal of every row."""
     out = np.full(len(rows), np.nan)
     place = rows[["latitude", "longitude", "height"]].to_numpy(np.float32)
-    for (valid, sensor), index in rows.groupby(["time", "group"]).indices.items():
+    groups: Any = rows.groupby(["time", "group"]).indices
+    for (valid, sensor), index in groups.items():
         nadir, end = np.zeros(len(index), np.float32), window_end(seconds(valid))
-        mean, _ = climate(fitted.normals[sensor], *place[index].T, nadir, end)
+        latitude, longitude, height = place[index].T
+        mean, _ = climate(fitted.normals[sensor], latitude, longitude, height, nadir, end)
         columns = cfg.sensor(sensor).variables
         which = np.array([columns.index(v) for v in rows["variable"].to_numpy()[index]])
         out[index] = np.asarray(mean)[np.arange(len(index)), which]
@@ -328,7 +330,7 @@ def invert_radiances(experiment: Experiment, wanted: pd.DataFrame) -> None:
         path = experiment.out / f"inversion-{seed}.csv"
         if not path.exists():
             if not known:
-                run = experiment.run("train").truth
+                run: Any = experiment.run("train").truth
                 first, last = (np.datetime64(t, "s") for t in (run.start, run.end))
                 step = np.timedelta64(round(plan.model.step), "h")
                 every = np.arange(first + plan.cycles * step, last, step)

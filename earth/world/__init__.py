@@ -27,6 +27,7 @@ from earth.world.inversion import Inversion as Inversion
 from earth.world.inversion import InversionConfig as InversionConfig
 from earth.world.inversion import fit_inversion as fit_inversion
 from earth.world.inversion import invert as invert
+from earth.world.model import Fitted as Fitted
 from earth.world.model import Params as Params
 from earth.world.model import Shared as Shared
 from earth.world.model import State as State

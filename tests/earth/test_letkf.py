@@ -403,3 +403,6 @@ def test_example_compares_model_baselines_and_filter(tmp_path):
     denial: Any = pd.read_csv(tmp_path / "denial.csv")
     assert np.isfinite(denial["ratio"]).all()
     assert {"stations, AMSU-A"} <= set(denial["given"])
+    inversion: Any = pd.read_csv(tmp_path / "inversion.csv")
+    assert {"surface_pressure, ground", "temperature, 500 hPa"} <= set(inversion["product"])
+    assert np.isfinite(inversion["ratio"]).all()
