@@ -78,7 +78,7 @@ def training() -> TrainConfig:
     return TrainConfig(
         stages=(
             StageConfig("short", 5000, cycles=2, leads=2, learning_rate=2e-3),
-            StageConfig("long", 5000, spin=4, cycles=2, leads=4, learning_rate=1e-3),
+            StageConfig("long", 3500, spin=4, cycles=2, leads=4, learning_rate=1e-3),
         )
     )
 
