@@ -4,6 +4,7 @@
 and one way to `aggregate`; `presets` pins every convention of published code.
 """
 
+from rl.objectives import distillation as distillation
 from rl.objectives.advantages import ESTIMATORS as ESTIMATORS
 from rl.objectives.advantages import advantages as advantages
 from rl.objectives.advantages import discounted_returns as discounted_returns
@@ -33,6 +34,11 @@ from rl.objectives.policy import Vespo as Vespo
 from rl.objectives.policy import policy_loss as policy_loss
 from rl.objectives.policy import policy_objective as policy_objective
 from rl.objectives.policy import value_loss as value_loss
+from rl.objectives.preference import PREFERENCES as PREFERENCES
+from rl.objectives.preference import Preference as Preference
+from rl.objectives.preference import kto_loss as kto_loss
+from rl.objectives.preference import preference_loss as preference_loss
+from rl.objectives.preference import preference_objective as preference_objective
 from rl.objectives.presets import PRESETS as PRESETS
 from rl.objectives.presets import preset as preset
 from rl.objectives.presets import trl_dr_grpo as trl_dr_grpo

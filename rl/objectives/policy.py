@@ -11,7 +11,7 @@ weights for `moe.training.make_train_step`, exact under gradient accumulation.
 import dataclasses
 import functools
 import typing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -266,7 +266,7 @@ def policy_objective(
 ) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """(objective, metrics) as totals and weights: the objective's terms add up to the loss, see `policy_loss`."""
     mask, advantages, given = _checked(new_logp, advantages, mask, spec, old_logp, rollout_logp, ref_logp, entropy)
-    old, rollout, ref, bonus = given
+    old, rollout, ref, bonus = cast(tuple[Any, Any, Any, Any], given)
     old = jax.lax.stop_gradient(new_logp) if old is None else old
     everything = mask
     metrics: dict[str, Mean] = {}

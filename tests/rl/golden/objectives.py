@@ -27,6 +27,7 @@ COMMITS = {
 }
 HERE = pathlib.Path(__file__).parent
 torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double  # some of it would round to float32 on the way
 
 
 def source(place: str, name: str, path: str) -> str:
@@ -428,6 +429,129 @@ def slime(place: str, gold: Gold) -> None:
             gold.loss(case, data, run, batch)
 
 
+def preferences(place: str, gold: Gold) -> None:
+    """TRL's losses of pairs, from sums over tokens; a gradient for every token of both sequences."""
+    functional = torch.nn.functional
+    text = source(place, "trl", "trl/trainer/dpo_trainer.py")
+    loop = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.For) and "loss_types" in ast.dump(n.iter))
+    loop.body = [n for n in loop.body if "use_weighting" not in ast.dump(n)]
+    code = compile(ast.Module([loop], []), "<dpo>", "exec")
+    known = {"torch": torch, "F": functional, "math": math}
+    known |= pick(source(place, "trl", "trl/experimental/orpo/orpo_trainer.py"), ["log1mexp"], known)
+    cpo = pick(source(place, "trl", "trl/experimental/cpo/cpo_trainer.py"), ["cpo_loss"], known)["cpo_loss"]
+    orpo = pick(source(place, "trl", "trl/experimental/orpo/orpo_trainer.py"), ["odds_ratio_loss"], known)
+    kto = ast.parse(source(place, "trl", "trl/trainer/kto_trainer.py"))
+    method = next(n for n in ast.walk(kto) if isinstance(n, ast.FunctionDef) and n.name == "_compute_loss")
+    at = next(i for i, n in enumerate(method.body) if isinstance(n, ast.If) and "calculate_KL" in ast.dump(n.test)
+              and "clamp" in ast.dump(n))  # fmt: skip
+    kto_code = compile(ast.Module(method.body[at : at + 4], []), "<kto>", "exec")
+
+    rng = np.random.default_rng(9)
+    lengths = np.array([[8, 5, 3, 8, 6], [4, 8, 7, 2, 8]])
+    mask = np.arange(8) < lengths[..., None]
+    logp = np.where(mask, -rng.exponential(1.0, mask.shape) - 0.02, 0)
+    ref = np.where(mask, logp + 0.5 * rng.standard_normal(mask.shape), 0)
+    gold.out |= {"input/pairs/logp": logp, "input/pairs/ref": ref, "input/pairs/mask": mask}
+    counts = torch.tensor(mask.sum(-1).astype(float))
+
+    def dpo(kind: str, smoothing: float) -> typing.Any:
+        def run(new: torch.Tensor) -> torch.Tensor:
+            both, base = new.sum(-1), torch.tensor(ref).sum(-1)
+            me = types.SimpleNamespace(
+                loss_types=[kind], loss_weights=[1.0], beta=0.3, label_smoothing=smoothing,
+                args=types.SimpleNamespace(discopop_tau=0.05),
+            )  # fmt: skip
+            flat = torch.tensor(mask.astype(float)).reshape(-1, 8)
+            space = known | dict(
+                self=me, loss=0.0, device="cpu", completion_mask=flat, shift_completion_mask=flat,
+                chosen_logps=both[0], rejected_logps=both[1], ref_chosen_logps=base[0], ref_rejected_logps=base[1],
+                chosen_logratios=both[0] - base[0], rejected_logratios=both[1] - base[1],
+                chosen_scores=both[0] - base[0], rejected_scores=both[1] - base[1],
+                delta_score=(both[0] - base[0]) - (both[1] - base[1]),
+            )  # fmt: skip
+            exec(code, space)
+            return space["loss"]
+
+        return run
+
+    def alone(kind: str, average: bool, nll: float) -> typing.Any:
+        def run(new: torch.Tensor) -> torch.Tensor:
+            both = new.sum(-1) / counts if average else new.sum(-1)
+            me = types.SimpleNamespace(
+                alpha=0.0, beta=0.3, label_smoothing=0.0, loss_type=kind, simpo_gamma=0.5,
+                accelerator=types.SimpleNamespace(device="cpu"),
+            )  # fmt: skip
+            likelihood = -new[0][torch.tensor(mask[0])].mean()
+            if kind == "odds":
+                return nll * likelihood - orpo["odds_ratio_loss"](me, both[0], both[1])[0].mean()
+            return cpo(me, both[0], both[1])[0].mean() + nll * likelihood
+
+        return run
+
+    cases = {
+        **{kind: dpo(trl_kind, 0.0) for kind, trl_kind in (
+            ("sigmoid", "sigmoid"), ("hinge", "hinge"), ("ipo", "ipo"), ("nca", "nca_pair"), ("bco", "bco_pair"),
+            ("sppo", "sppo_hard"), ("apo_zero", "apo_zero"), ("apo_down", "apo_down"), ("discopop", "discopop"),
+            ("averaged", "sigmoid_norm"))},
+        "robust": dpo("robust", 0.1),
+        "exo": dpo("exo_pair", 0.1),
+        "simpo": alone("simpo", True, 0.0),
+        "cpo": alone("sigmoid", False, 1.0),
+        "orpo": alone("odds", True, 1.0),
+    }  # fmt: skip
+    for case, run in cases.items():
+        new = torch.tensor(logp, requires_grad=True)
+        value = run(new)
+        (gradient,) = torch.autograd.grad(value, new)
+        gold.out[f"pairs/{case}/value"] = value.detach().numpy()
+        gold.out[f"pairs/{case}/gradient"] = gradient.numpy()
+    for name, kl in (("above", 0.7), ("below", -0.7)):
+        new = torch.tensor(logp, requires_grad=True)
+        both, base = new.sum(-1), torch.tensor(ref).sum(-1)
+        me = types.SimpleNamespace(
+            calculate_KL=True, loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5,
+            accelerator=types.SimpleNamespace(gather_for_metrics=lambda x: x, device="cpu"),
+        )  # fmt: skip
+        space = known | dict(
+            self=me, chosen_logps=both[0], rejected_logps=both[1], ref_chosen_logps=base[0], ref_rejected_logps=base[1],
+            KL_logps=torch.tensor([kl]), ref_KL_logps=torch.tensor([0.0]),
+        )  # fmt: skip
+        exec(kto_code, space)
+        value = space["losses"].sum()
+        (gradient,) = torch.autograd.grad(value, new)
+        gold.out[f"kto/{name}/value"], gold.out[f"kto/{name}/gradient"] = value.detach().numpy(), gradient.numpy()
+
+
+def distillation(verl_place: str, trl_place: str, gold: Gold) -> None:
+    rng = np.random.default_rng(11)
+    student, teacher = 2 * rng.standard_normal((2, 3, 5, 11))
+    top = np.argsort(-teacher, -1)[..., :4]
+    gold.out |= {"input/logits/student": student, "input/logits/teacher": teacher, "input/logits/top": top}
+    known = {"torch": torch, "F": torch.nn.functional}
+    jsd = pick(source(trl_place, "trl", "trl/experimental/gold/gold_trainer.py"), ["generalized_jsd_loss"], known)
+    kl = pick(source(verl_place, "verl", "verl/trainer/distillation/fsdp/losses.py"), ["kl_divergence"], known)
+    t = torch.tensor(teacher)
+    picked = torch.gather(t.log_softmax(-1), -1, torch.tensor(top))
+
+    def verl_top(s: torch.Tensor, floor: float | None = None) -> torch.Tensor:
+        mine, theirs = torch.gather(s.log_softmax(-1), -1, torch.tensor(top)), picked
+        if floor is not None:
+            mine, theirs = mine.clamp_min(floor), theirs.clamp_min(floor)
+        return kl["kl_divergence"](log_q=mine, log_p=theirs).sum()
+
+    cases = {
+        **{f"jsd {beta}": lambda s, b=beta: jsd["generalized_jsd_loss"](s, t, beta=b, temperature=1.7, reduction="sum")
+           for beta in (0, 0.3, 1)},
+        "top drop": verl_top, "top floor": lambda s: verl_top(s, -2.0),
+    }  # fmt: skip
+    for case, run in cases.items():
+        new = torch.tensor(student, requires_grad=True)
+        value = run(new)
+        (gradient,) = torch.autograd.grad(value, new)
+        gold.out[f"divergence/{case}/value"] = value.detach().numpy()
+        gold.out[f"divergence/{case}/gradient"] = gradient.numpy()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     for name in COMMITS:
@@ -437,6 +561,8 @@ def main() -> int:
     verl(given.verl, gold)
     trl(given.trl, gold)
     slime(given.slime, gold)
+    preferences(given.trl, gold)
+    distillation(given.verl, given.trl, gold)
     inputs = {f"input/{b}/{k}": v for b, data in batches().items() for k, v in data.items()}
     np.savez_compressed(HERE / "objectives.npz", **inputs, **gold.out)
     print(f"{len(gold.out)} arrays; torch {torch.__version__}, numpy {np.__version__}")
